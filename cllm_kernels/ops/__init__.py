@@ -1,0 +1,8 @@
+"""The ops of the package, one file each: schema, specification, reference, fake and dispatch."""
+
+from .append_kv import append_kv_
+from .block_attention import block_attention
+from .converge import converge_
+from .state import JacobiState
+
+__all__ = ["JacobiState", "append_kv_", "block_attention", "converge_"]
