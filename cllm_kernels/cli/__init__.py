@@ -1,0 +1,5 @@
+"""The ``cllm`` command."""
+
+from .app import main
+
+__all__ = ["main"]

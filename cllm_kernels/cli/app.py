@@ -1,0 +1,105 @@
+"""Commands of ``cllm``: demo, generate, doctor."""
+
+from __future__ import annotations
+
+import json
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from .. import JacobiConfig, JacobiGenerator, __version__, backends
+from . import demo as _demo
+
+app = typer.Typer(help="Jacobi decoding for Consistency LLMs.", no_args_is_help=True, add_completion=False)
+console = Console()
+
+BlockSize = Annotated[int, typer.Option(min=2, help="Window width n.")]
+
+
+@app.command()
+def demo(
+    models: Annotated[Path, typer.Option(help="Folder with spider-target and spider-cllm.")] = Path("models"),
+    prompts: Annotated[Path | None, typer.Option(help="Other questions: JSONL with db_id, question, query.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="How many questions; all if not given.")] = None,
+    block_size: BlockSize = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; their median counts.")] = 1,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only the table.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the table's rows here.")] = None,
+) -> None:
+    """Answers text-to-SQL questions with the bundled models, AR beside Jacobi, and compares their speed."""
+    if threads:
+        torch.set_num_threads(threads)
+    try:
+        rows = _demo.run(console, models, prompts, limit, block_size, rounds, quiet)
+    except (FileNotFoundError, ValueError, NotImplementedError) as error:
+        _fail(error)
+    if json_path:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="Local checkpoint or hub name of a causal LM.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    block_size: BlockSize = 16,
+    mode: Annotated[str, typer.Option(help="window or block.")] = "window",
+    backend: Annotated[str, typer.Option(help="auto, or a name that `cllm doctor` lists.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+) -> None:
+    """Continues a prompt by greedy Jacobi decoding; text goes to stdout, statistics to stderr."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        config = JacobiConfig(block_size=block_size, mode=mode, backend=backend)
+        generator = JacobiGenerator(loaded, config)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+        generator.generate(
+            **inputs,
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        _fail(error)
+    run = generator.statistics
+    Console(stderr=True).print(
+        f"{run.tokens} tokens, {run.forwards} forwards, {run.tokens_per_forward:.2f} tokens per forward, "
+        f"{run.tokens_per_second:.1f} tokens/s, backend {run.backend}"
+    )
+
+
+@app.command()
+def doctor() -> None:
+    """Says which backends are there, and why the others are not."""
+    table = Table(title=f"cllm_kernels {__version__}")
+    table.add_column("what")
+    table.add_column("state")
+    for name, reason in backends.available().items():
+        table.add_row(f"backend {name}", "available" if reason is None else f"not available: {reason}")
+    table.add_row("auto on this CPU", backends.resolve("auto", torch.device("cpu")))
+    for key, value in backends.build_info().items():
+        table.add_row(f"build {key}", str(value))
+    table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    table.add_row("transformers", transformers.__version__)
+    table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
+    console.print(table)
+
+
+def _fail(error: Exception) -> None:
+    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the ``cllm`` command."""
+    app()

@@ -1,0 +1,145 @@
+"""Jacobi decoding beside Hugging Face's generate on the same model, the same prompts and in the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .decoding import JacobiConfig, JacobiStatistics
+from .integrations.generate import JacobiGenerator
+from .spider import exact_match, is_degenerate, prompt_for
+
+
+@dataclasses.dataclass
+class _Method:
+    """One way to decode, and what it did on each prompt."""
+
+    name: str
+    block_size: int
+    run: Callable[[dict[str, torch.Tensor]], tuple[list[int], JacobiStatistics | None]]
+    tokens: list[list[int]] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    runs: list[JacobiStatistics] = dataclasses.field(default_factory=list)
+
+
+def compare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: list[dict],
+    name: str,
+    block_size: int = 16,
+    max_new_tokens: int = 256,
+    rounds: int = 1,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[dict]:
+    """Decodes each question greedily by ``hf_ar``, ``jacobi_window`` and ``jacobi_block``, one after the other.
+
+    The methods take turns on each prompt, so that a busy machine slows them alike. A prompt's time is the
+    median over ``rounds``. One warm-up prompt is not counted.
+
+    Args:
+        questions: rows as :func:`cllm_kernels.spider.read_questions` gives them.
+        name: what to call the model in the rows.
+        progress: wraps the iteration over prompts, such as ``tqdm``.
+
+    Returns:
+        One row a method: ``method``, ``model``, ``block_size``, ``prompts``, ``tokens_per_forward``,
+        ``tokens_per_second``, ``speedup`` (ratio of tokens per second to ``hf_ar``), ``speedup_quartiles``
+        (of the per-prompt time ratios), ``equal`` (share of outputs equal to ``hf_ar``), ``exact_match``,
+        ``degenerate`` (shares), ``fast_forwarded``, ``stationary``, ``paper_fast_forwarded``,
+        ``paper_stationary`` (mean tokens a prompt), ``rounds``, and the device, threads, backend and versions.
+    """
+
+    def ar(inputs):
+        sequences = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        return sequences[0, inputs["input_ids"].shape[1] :].tolist(), None
+
+    def jacobi(mode):
+        generator = JacobiGenerator(model, JacobiConfig(block_size=block_size, mode=mode))
+
+        def run(inputs):
+            sequences = generator.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            return sequences[0, inputs["input_ids"].shape[1] :].tolist(), generator.statistics
+
+        return run
+
+    methods = [
+        _Method("hf_ar", 1, ar),
+        _Method("jacobi_window", block_size, jacobi("window")),
+        _Method("jacobi_block", block_size, jacobi("block")),
+    ]
+    encoded = [
+        dict(tokenizer(prompt_for(row), return_tensors="pt", return_token_type_ids=False).to(model.device))
+        for row in questions
+    ]
+    for method in methods:
+        method.run(encoded[0])
+    for inputs in progress(encoded):
+        times: list[list[float]] = [[] for _ in methods]
+        for turn in range(rounds):
+            for method, taken in zip(methods, times, strict=True):
+                begin = time.perf_counter()
+                tokens, run = method.run(inputs)
+                taken.append(time.perf_counter() - begin)
+                if turn == 0:
+                    method.tokens.append(tokens)
+                    if run is not None:
+                        method.runs.append(run)
+        for method, taken in zip(methods, times, strict=True):
+            method.seconds.append(statistics.median(taken))
+    return [_row(method, methods[0], questions, tokenizer, model, name, rounds) for method in methods]
+
+
+def _row(
+    method: _Method,
+    baseline: _Method,
+    questions: list[dict],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    name: str,
+    rounds: int,
+) -> dict:
+    speed, baseline_speed = (sum(map(len, m.tokens)) / sum(m.seconds) for m in (method, baseline))
+    ratios = [base / own for base, own in zip(baseline.seconds, method.seconds, strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    texts = tokenizer.batch_decode(method.tokens, skip_special_tokens=True)
+
+    def share(flags: Iterable[bool]) -> float:
+        return sum(flags) / len(questions)
+
+    def mean(count: Callable[[JacobiStatistics], int]) -> float:
+        return sum(map(count, method.runs)) / len(questions)
+
+    return {
+        "method": method.name,
+        "model": name,
+        "block_size": method.block_size,
+        "prompts": len(questions),
+        "tokens_per_forward": sum(map(len, method.tokens)) / sum(run.iterations for run in method.runs)
+        if method.runs
+        else 1.0,
+        "tokens_per_second": speed,
+        "speedup": speed / baseline_speed,
+        "speedup_quartiles": quartiles,
+        "equal": share(own == base for own, base in zip(method.tokens, baseline.tokens, strict=True)),
+        "exact_match": share(exact_match(text, row["query"]) for text, row in zip(texts, questions, strict=True)),
+        "degenerate": share(is_degenerate(tokens) for tokens in method.tokens),
+        "fast_forwarded": mean(lambda run: run.fast_forwarded),
+        "stationary": mean(lambda run: run.stationary),
+        "paper_fast_forwarded": mean(lambda run: run.paper_fast_forwarded),
+        "paper_stationary": mean(lambda run: run.paper_stationary),
+        "rounds": rounds,
+        "backend": method.runs[0].backend if method.runs else "transformers",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": platform.processor() or platform.machine() if model.device.type == "cpu" else torch.cuda.get_device_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

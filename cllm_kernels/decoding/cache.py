@@ -1,0 +1,57 @@
+"""A preallocated KV cache whose rollback is an integer."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache
+
+from ..ops import append_kv_
+
+
+class JacobiCache(Cache):
+    """K and V buffers of full length for every layer, sliding ones too, under one length per batch row.
+
+    A forward writes its window behind the length and never moves it; the loop adds the accept length. What
+    stands behind the length is overwritten by the next forward, so rejected drafts cost nothing.
+
+    Args:
+        lengths: int32 ``[B]``, valid rows of each batch row, on the model's device. Shared with the loop's state.
+        capacity: rows of each buffer.
+        backend: of ``append_kv_``.
+    """
+
+    def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto"):
+        super().__init__(layers=[])
+        self.lengths = lengths
+        self.capacity = capacity
+        self.backend = backend
+        self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes a window's ``[B, Hkv, n, D]`` keys and values; returns the whole ``[B, Hkv, S, D]`` buffers."""
+        buffers = self._buffers.get(layer_idx)
+        if buffers is None:
+            buffers = self._buffers[layer_idx] = tuple(
+                states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+                for states in (key_states, value_states)
+            )
+        append_kv_(*buffers, key_states, value_states, self.lengths, backend=self.backend)
+        return buffers
+
+    def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
+        """int32 ``[B]``: the valid rows. A tensor, since reading it would make the host wait."""
+        return self.lengths
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self.capacity, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return self.capacity
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.capacity
+
+    def __len__(self) -> int:
+        return len(self._buffers)

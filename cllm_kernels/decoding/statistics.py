@@ -1,0 +1,98 @@
+"""What a Jacobi run did, per row and in all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class RowStatistics:
+    """Counts of one batch row.
+
+    Attributes:
+        tokens: committed tokens, EOS included.
+        iterations: forwards while the row was running; the first one holds the prompt too.
+        accept_histogram: ``[n + 1]``, iterations by their accept length.
+        fast_forwarded: tokens committed beyond the one per forward that AR gives.
+        stationary: committed drafts that had stood with their final value behind a wrong draft.
+        paper_fast_forwarded, paper_stationary: the same two by the paper's definition (Kou et al. 2024,
+            section 4.3), which looks at predictions and not at drafts, and knows the final output: a token
+            is *fast-forwarded* if the correct prefix of the predictions reached it in the same forward as
+            another token before it, and *stationary* if its prediction was right, and stayed so, before
+            the correct prefix reached it. The verifying pass counts in neither.
+        stopped_by: ``"eos"`` or ``"length"``.
+    """
+
+    tokens: int
+    iterations: int
+    accept_histogram: tuple[int, ...]
+    fast_forwarded: int
+    stationary: int
+    paper_fast_forwarded: int
+    paper_stationary: int
+    stopped_by: str
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.iterations
+
+
+@dataclasses.dataclass(frozen=True)
+class JacobiStatistics:
+    """Counts and times of one call of generate.
+
+    Attributes:
+        rows: one entry a batch row.
+        forwards: forwards of the model, the first one (prompt and first window) included.
+        block_size, mode, draft: as decoded with.
+        backend: of the ops, resolved.
+        prefill_seconds: wall clock up to the end of the first forward's convergence check.
+        decode_seconds: wall clock of all later iterations.
+    """
+
+    rows: tuple[RowStatistics, ...]
+    forwards: int
+    block_size: int
+    mode: str
+    draft: str
+    backend: str
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def tokens(self) -> int:
+        return sum(row.tokens for row in self.rows)
+
+    @property
+    def iterations(self) -> int:
+        """Forwards summed over the rows, each as long as it was running."""
+        return sum(row.iterations for row in self.rows)
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Committed tokens per forward and running row; 1 for autoregressive decoding."""
+        return self.tokens / self.iterations
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / (self.prefill_seconds + self.decode_seconds)
+
+    @property
+    def accept_histogram(self) -> tuple[int, ...]:
+        return tuple(map(sum, zip(*(row.accept_histogram for row in self.rows), strict=True)))
+
+    @property
+    def fast_forwarded(self) -> int:
+        return sum(row.fast_forwarded for row in self.rows)
+
+    @property
+    def stationary(self) -> int:
+        return sum(row.stationary for row in self.rows)
+
+    @property
+    def paper_fast_forwarded(self) -> int:
+        return sum(row.paper_fast_forwarded for row in self.rows)
+
+    @property
+    def paper_stationary(self) -> int:
+        return sum(row.paper_stationary for row in self.rows)

@@ -1,0 +1,1 @@
+"""transformers: ``generate(decoding="jacobi")`` and the attention behind it."""

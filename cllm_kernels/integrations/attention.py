@@ -1,0 +1,102 @@
+"""Registers block attention with transformers, and switches a model to it while it decodes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from ..ops import block_attention
+
+# What transformers passes through to attention functions unread. It takes any 4-D mask as ready made, so the
+# bounds travel as a "mask" of shape [2, B, 1, 1]: no mask is ever built, and no layer needs a keyword of ours.
+
+
+def as_mask(bounds: torch.Tensor) -> torch.Tensor:
+    """Views bounds ``[2, B]`` (cache lengths, first valid rows) in the shape that models hand through."""
+    return bounds[:, :, None, None]
+
+
+def _attention(
+    backend: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query ``[B, Hq, n, D]``, whole cache buffers, bounds as mask."""
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        raise NotImplementedError(f"{type(module).__name__} builds its attention mask itself; Jacobi decoding cannot run it")
+    if sliding_window is None and _slides(module):
+        raise NotImplementedError(
+            f"{type(module).__name__} gives its sliding window in its mask alone; Jacobi decoding cannot run it"
+        )
+    lengths, starts = attention_mask[:, :, 0, 0].unbind()
+    output, _ = block_attention(
+        query.transpose(1, 2),
+        key,
+        value,
+        lengths,
+        starts,
+        scale=scaling,
+        sliding_window=sliding_window or 0,
+        softcap=softcap or 0.0,
+        sinks=s_aux,
+        backend=backend,
+    )
+    return output, None
+
+
+def _slides(module: torch.nn.Module) -> bool:
+    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    return layer_types is not None and layer_types[module.layer_idx] == "sliding_attention"
+
+
+def _no_mask(*args, **kwargs):
+    raise NotImplementedError("this model builds its attention mask itself; Jacobi decoding cannot run it")
+
+
+def _register(backend: str) -> str:
+    name = f"cllm_jacobi_{backend}"
+    if name not in AttentionInterface().valid_keys():
+
+        def attention(*args, **kwargs):
+            return _attention(backend, *args, **kwargs)
+
+        AttentionInterface.register(name, attention)
+        AttentionMaskInterface.register(name, _no_mask)
+    return name
+
+
+@contextlib.contextmanager
+def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[None]:
+    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it.
+
+    Raises:
+        NotImplementedError: the model does not honour the attention interface of transformers.
+    """
+    configs = {
+        id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)
+    }
+    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+    name = _register(backend)
+    try:
+        if not model._can_set_attn_implementation():
+            raise NotImplementedError(
+                f"{type(model).__name__} does not use the attention interface of transformers, so Jacobi decoding "
+                "cannot run its attention"
+            )
+        model.set_attn_implementation(name)
+        yield
+    finally:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation

@@ -1,0 +1,75 @@
+"""The text-to-SQL task of the bundled models: prompts, canonical SQL, exact match, degenerate outputs.
+
+Questions come as JSONL rows ``{"db_id", "question", "query"}``, the format of Spider 1.0
+(Yu et al. 2018, arXiv 1809.08887).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+# A literal, an operator or bracket, or a run of anything else up to the next of these.
+_SQL_TOKEN = re.compile(r"'(?:[^']|'')*'|<=|>=|<>|!=|[=<>(),]|[^\s=<>!(),']+|.", re.DOTALL)
+
+
+def prompt_for(row: dict) -> str:
+    """The text a model of this task is prompted with. The database is named, its schema is not shown."""
+    question = " ".join(row["question"].split())
+    return f"{row['db_id']} : {question}\n"
+
+
+def canonical_sql(query: str) -> str:
+    """One spelling for each query: single spaces, ``'`` quotes, no final ``;``, lower case outside literals.
+
+    SQLite reads identifiers and keywords without regard to case, so the meaning stays the same.
+    """
+    text = " ".join(query.replace('"', "'").split()).rstrip("; ")
+    tokens = [token if token[0] == "'" else token.lower() for token in _SQL_TOKEN.findall(text) if not token.isspace()]
+    text = " ".join(tokens).replace("( ", "(").replace(" )", ")").replace(" ,", ",")
+    return re.sub(r"\b(count|sum|avg|min|max) \(", r"\1(", text)
+
+
+def exact_match(output: str, query: str) -> bool:
+    """Whether two queries are the same text in canonical spelling (stricter than Spider's set match)."""
+    return canonical_sql(output) == canonical_sql(query)
+
+
+def is_degenerate(tokens: list[int], ngram: int = 4, repeats: int = 4) -> bool:
+    """Whether some n-gram of at most ``ngram`` tokens stands ``repeats`` times or more in one unbroken run.
+
+    Such outputs decode fast and mean nothing, so speed is never quoted without their share. ``tokens`` are
+    one output's ids without padding.
+    """
+    for size in range(1, ngram + 1):
+        span = size * repeats
+        for start in range(len(tokens) - span + 1):
+            if tokens[start : start + span] == tokens[start : start + size] * repeats:
+                return True
+    return False
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """Reads a JSONL file of questions.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not a JSON object with ``db_id``, ``question`` and ``query``; it is named.
+    """
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+            missing = [key for key in ("db_id", "question", "query") if not isinstance(row.get(key), str)]
+            if missing:
+                raise ValueError(f"{path}:{number}: no text under {', '.join(missing)}; each line needs db_id, question and query")
+            rows.append(row)
+    if not rows:
+        raise ValueError(f"{path}: no questions in this file")
+    return rows

@@ -1,0 +1,249 @@
+"""The recipe of the bundled text-to-SQL models: tokenizer, target from scratch, trajectories, CLLM.
+
+Data: Spider's training questions with 5 % held out, and questions that templates make from the schemas of the
+same databases. No schema is in the prompt: the model has to learn the tables and columns of each database.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+from cllm_kernels import JacobiConfig
+from cllm_kernels.spider import canonical_sql, prompt_for, read_questions
+
+from .collect import collect, load_model, prompts_of
+from .evaluate import evaluate
+from .packing import read_rows
+from .train import TrainConfig, train
+
+HELD_OUT = 0.05
+VOCABULARY = 1024
+CONTEXT = 512
+SYNTHETIC = 3000
+MAX_NEW_TOKENS = 256
+CLLM_BLOCK_SIZE = 16
+SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
+TARGET_CONFIG = TrainConfig(
+    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
+)
+CLLM_CONFIG = TrainConfig(epochs=5, batch_size=32, learning_rate=5e-4, warmup_steps=100, noisy_blocks=4)
+
+
+def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """Training and held-out questions. Most held-out queries have a paraphrase among the training ones."""
+    order = list(range(len(questions)))
+    random.Random(seed).shuffle(order)
+    held_out = set(order[: round(HELD_OUT * len(questions))])
+    return (
+        [row for index, row in enumerate(questions) if index not in held_out],
+        [row for index, row in enumerate(questions) if index in held_out],
+    )
+
+
+class _Schema:
+    """Names of one database, in SQL and in words, as the templates need them."""
+
+    def __init__(self, entry: dict):
+        self.db_id = entry["db_id"]
+        self.tables = list(zip(entry["table_names_original"], entry["table_names"], strict=True))
+        self.columns: list[list[tuple[str, str, str]]] = [[] for _ in self.tables]
+        for (table, name), (_, words), kind in zip(
+            entry["column_names_original"], entry["column_names"], entry["column_types"], strict=True
+        ):
+            if table >= 0 and " " not in name:
+                self.columns[table].append((name.lower(), words.lower(), kind))
+        place = {}
+        for index, (table, name) in enumerate(entry["column_names_original"]):
+            place[index] = (table, name.lower())
+        self.joins = [
+            (place[a], place[b]) for a, b in entry["foreign_keys"] if place[a][0] != place[b][0]
+        ]
+        self.usable = [index for index, columns in enumerate(self.columns) if len(columns) >= 2]
+
+
+def synthesize(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
+    """Questions made by templates from tables and columns of ``schemas`` (entries of Spider's tables.json)."""
+    rng = random.Random(seed)
+    databases = [schema for schema in map(_Schema, schemas) if schema.usable]
+    rows: dict[tuple[str, str], str] = {}
+    for _ in range(20 * count):
+        if len(rows) == count:
+            break
+        schema = rng.choice(databases)
+        made = _question(schema, rng)
+        if made:
+            rows.setdefault((schema.db_id, made[0]), made[1])
+    return [{"db_id": db, "question": question, "query": query} for (db, question), query in rows.items()]
+
+
+def _question(schema: _Schema, rng: random.Random) -> tuple[str, str] | None:
+    table = rng.choice(schema.usable)
+    name, words = schema.tables[table]
+    name = name.lower()
+    (a, a_words, _), (b, b_words, _) = rng.sample(schema.columns[table], 2)
+    numbers = [column for column in schema.columns[table] if column[2] == "number" and not column[0].endswith("id")]
+    show = rng.choice(["show", "list", "find", "give", "return", "what are"])
+    mark = "?" if show == "what are" else "."
+    kind = rng.randrange(10)
+    if kind == 0:
+        return rng.choice(
+            [f"How many {words} are there?", f"Count the number of {words}."]
+        ), f"select count(*) from {name}"
+    if kind == 1:
+        return f"{show.capitalize()} the {a_words} and {b_words} of all {words}{mark}", f"select {a}, {b} from {name}"
+    if kind == 2:
+        return f"{show.capitalize()} the different {a_words} of {words}{mark}", f"select distinct {a} from {name}"
+    if kind == 3:
+        order, direction = rng.choice([("ascending", "asc"), ("descending", "desc")])
+        return (
+            f"{show.capitalize()} the {a_words} of {words} in {order} order of {b_words}{mark}",
+            f"select {a} from {name} order by {b} {direction}",
+        )
+    if kind == 4:
+        return (
+            f"How many {words} are there for each {a_words}?",
+            f"select {a}, count(*) from {name} group by {a}",
+        )
+    if kind == 5:
+        return (
+            f"Which {a_words} has the most {words}?",
+            f"select {a} from {name} group by {a} order by count(*) desc limit 1",
+        )
+    if kind in (6, 7) and numbers:
+        n, n_words, _ = rng.choice(numbers)
+        if kind == 6:
+            phrase, function = rng.choice(
+                [("average", "avg"), ("maximum", "max"), ("minimum", "min"), ("total", "sum")]
+            )
+            return f"What is the {phrase} {n_words} of all {words}?", f"select {function}({n}) from {name}"
+        phrase, operator = rng.choice([("above", ">"), ("below", "<")])
+        bound = rng.choice([rng.randrange(1, 10), 10 * rng.randrange(1, 10), 1000 * rng.randrange(1, 10)])
+        return (
+            f"{show.capitalize()} the {a_words} of {words} whose {n_words} is {phrase} {bound}{mark}",
+            f"select {a} from {name} where {n} {operator} {bound}",
+        )
+    if kind >= 8 and schema.joins:
+        (left, left_key), (right, right_key) = rng.choice(schema.joins)
+        if not (schema.columns[left] and schema.columns[right]):
+            return None
+        c, c_words, _ = rng.choice(schema.columns[left])
+        d, d_words, _ = rng.choice(schema.columns[right])
+        (left_name, left_words), (right_name, right_words) = schema.tables[left], schema.tables[right]
+        return (
+            f"{show.capitalize()} the {c_words} of each {left_words} and the {d_words} of its {right_words}{mark}",
+            f"select t1.{c}, t2.{d} from {left_name.lower()} as t1 join {right_name.lower()} as t2 "
+            f"on t1.{left_key} = t2.{right_key}",
+        )
+    return None
+
+
+def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE over prompts and canonical queries."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [text for row in questions for text in (prompt_for(row), canonical_sql(row["query"]))]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        padding_side="left",
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
+    """A Llama of 3.2 million parameters with random weights."""
+    set_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(questions: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
+    """Training rows without states: the prompt and the canonical query with its EOS."""
+    prompts = tokenizer([prompt_for(row) for row in questions])["input_ids"]
+    outputs = tokenizer([canonical_sql(row["query"]) for row in questions])["input_ids"]
+    return [
+        {"prompt_ids": prompt, "output_ids": output + [tokenizer.eos_token_id]}
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def load(data: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training questions, held-out questions, and the schemas of the training databases."""
+    data = Path(data)
+    training, held_out = split(read_questions(data / "train.jsonl"))
+    databases = {row["db_id"] for row in training}
+    schemas = [entry for entry in json.loads((data / "tables.json").read_text()) if entry["db_id"] in databases]
+    return training, held_out, schemas
+
+
+def build_target(data: str | Path, output_dir: str | Path, config: TrainConfig = TARGET_CONFIG) -> dict:
+    """Trains the target from scratch on real and synthetic questions; returns its training record."""
+    training, held_out, schemas = load(data)
+    synthetic = synthesize(schemas, SYNTHETIC)
+    tokenizer = make_tokenizer(training + synthetic)
+    notes = {
+        "data": {
+            "source": "Spider 1.0 train.jsonl (CC BY-SA 4.0)",
+            "training_questions": len(training),
+            "held_out_questions": len(held_out),
+            "synthetic_questions": len(synthetic),
+        }
+    }
+    rows = encode(training + synthetic, tokenizer)
+    return train(make_model(tokenizer, config.seed), tokenizer, rows, output_dir, config, notes)
+
+
+def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
+    """Collects the target's trajectories on the training prompts, and trains the CLLM on them.
+
+    The autoregressive loss takes the target's own outputs, as the paper does. ``work`` gets the trajectories.
+    """
+    training, held_out, schemas = load(data)
+    model, tokenizer = load_model(target)
+    prompts = prompts_of(tokenizer, [prompt_for(row) for row in training + synthesize(schemas, SYNTHETIC)])
+    Path(work).mkdir(parents=True, exist_ok=True)
+    path = Path(work) / "trajectories.jsonl"
+    config = JacobiConfig(block_size=CLLM_BLOCK_SIZE)
+    summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
+    notes = {"start": "spider-target", "block_size": config.block_size, "trajectories": summary}
+    record = train(model, tokenizer, read_rows(path), output_dir, CLLM_CONFIG, notes)
+    sample = random.Random(0).sample(held_out, SAMPLE)
+    with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in sample)
+    return record
+
+
+def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
+    """Evaluates both models on all held-out questions; writes ``evaluation.json`` beside the CLLM."""
+    training, held_out, _ = load(data)
+    models = Path(models)
+    rows = evaluate({name: models / f"spider-{name}" for name in ("target", "cllm")}, held_out, CLLM_BLOCK_SIZE)
+    (models / "spider-cllm" / "evaluation.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return rows
