@@ -54,7 +54,8 @@ def compare(
         ``tokens_per_second``, ``speedup`` (ratio of tokens per second to ``hf_ar``), ``speedup_quartiles``
         (of the per-prompt time ratios), ``equal`` (share of outputs equal to ``hf_ar``), ``exact_match``,
         ``degenerate`` (shares), ``fast_forwarded``, ``stationary``, ``paper_fast_forwarded``,
-        ``paper_stationary`` (mean tokens a prompt), ``rounds``, and the device, threads, backend and versions.
+        ``paper_stationary`` (mean tokens a prompt), ``correct`` (exact match of each prompt), ``rounds``, and
+        the device, threads, backend and versions.
     """
 
     def ar(inputs):
@@ -110,6 +111,7 @@ def _row(
     ratios = [base / own for base, own in zip(baseline.seconds, method.seconds, strict=True)]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     texts = tokenizer.batch_decode(method.tokens, skip_special_tokens=True)
+    correct = [exact_match(text, row["query"]) for text, row in zip(texts, questions, strict=True)]
 
     def share(flags: Iterable[bool]) -> float:
         return sum(flags) / len(questions)
@@ -129,12 +131,13 @@ def _row(
         "speedup": speed / baseline_speed,
         "speedup_quartiles": quartiles,
         "equal": share(own == base for own, base in zip(method.tokens, baseline.tokens, strict=True)),
-        "exact_match": share(exact_match(text, row["query"]) for text, row in zip(texts, questions, strict=True)),
+        "exact_match": share(correct),
         "degenerate": share(is_degenerate(tokens) for tokens in method.tokens),
         "fast_forwarded": mean(lambda run: run.fast_forwarded),
         "stationary": mean(lambda run: run.stationary),
         "paper_fast_forwarded": mean(lambda run: run.paper_fast_forwarded),
         "paper_stationary": mean(lambda run: run.paper_stationary),
+        "correct": correct,
         "rounds": rounds,
         "backend": method.runs[0].backend if method.runs else "transformers",
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -186,6 +186,8 @@ class JacobiGenerator:
         if prompt is None or prompt.dim() != 2 or prompt.shape[0] == 0 or prompt.shape[1] == 0:
             shape = None if prompt is None else tuple(prompt.shape)
             raise ValueError(f"the prompt has shape {shape}; it must be [batch, length] with at least one token a row")
+        if kwargs.get("attention_mask") is not None:
+            _check_mask_shape(kwargs["attention_mask"], prompt)  # generate drops a mask of ones, whatever its shape
         returns_dict = kwargs.pop("return_dict_in_generate", None)
         given = kwargs.get("generation_config") or self.model.generation_config
         output = type(self.model).generate(
@@ -300,11 +302,9 @@ def _check_inputs(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         raise NotImplementedError(f"model inputs that Jacobi decoding does not support: {', '.join(sorted(others))}")
     if cache is not None and cache.get_seq_length() > 0:
         raise NotImplementedError("Jacobi decoding starts from an empty cache; past_key_values is not supported")
-    pads = torch.zeros(rows, dtype=torch.int32, device=input_ids.device)
     if mask is None:
         mask = torch.ones_like(input_ids)
-    if mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be {tuple(input_ids.shape)} like input_ids")
+    _check_mask_shape(mask, input_ids)
     seen = mask.to(input_ids.device).bool()
     if bool((seen != seen.cummax(1).values).any()) or not bool(seen[:, -1].all()):
         raise ValueError("attention_mask must be zeros, then ones, in every row: batches are padded on the left, no row is empty")
@@ -314,6 +314,11 @@ def _check_inputs(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         if positions.shape[-1] != width or bool(((positions != expected) & seen).any()):
             raise NotImplementedError("position_ids other than a row's own 0, 1, 2, ... are not supported by Jacobi decoding")
     return pads
+
+
+def _check_mask_shape(mask: torch.Tensor, input_ids: torch.Tensor) -> None:
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be {tuple(input_ids.shape)}, as input_ids is")
 
 
 def _check_lengths(

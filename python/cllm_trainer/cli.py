@@ -82,10 +82,11 @@ def evaluate(
     questions: Annotated[Path, typer.Option(help="JSONL with db_id, question, query.")],
     output: Annotated[Path, typer.Option(help="The rows go here, as JSON.")],
     block_size: Annotated[int, typer.Option(min=2)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     rounds: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Compares a target and its CLLM: exact match, tokens per forward, speed over AR."""
-    rows = _evaluate({"target": target, "cllm": cllm}, read_questions(questions), block_size, rounds)
+    rows = _evaluate({"target": target, "cllm": cllm}, read_questions(questions), block_size, max_new_tokens, rounds)
     output.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -15,6 +15,7 @@ def evaluate(
     models: dict[str, str | Path],
     questions: list[dict],
     block_size: int = 16,
+    max_new_tokens: int = 256,
     rounds: int = 1,
 ) -> list[dict]:
     """Decodes every question by AR and Jacobi with every model, in fp32.
@@ -35,7 +36,8 @@ def evaluate(
             questions,
             name,
             block_size,
-            rounds=rounds,
+            max_new_tokens,
+            rounds,
             progress=lambda items, name=name: tqdm(items, desc=f"evaluate {name}", unit="prompt"),
         )
     return rows

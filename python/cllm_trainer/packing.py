@@ -106,6 +106,11 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     return batch
 
 
+def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A bool mask as what attention adds to its scores. Eager attention would add a bool mask as 0 and 1."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def read_rows(path: str | Path) -> list[dict]:
     """Reads training rows.
 

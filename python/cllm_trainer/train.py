@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from .packing import IGNORE, TrajectoryDataset, collate
+from .packing import IGNORE, TrajectoryDataset, additive_mask, collate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +76,8 @@ class ConsistencyTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         pairs = {key: inputs.pop(key, None) for key in ("labels", "student", "teacher")}
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = additive_mask(inputs["attention_mask"], self.model.dtype)
         outputs = model(**inputs, use_cache=False)
         parts = torch.stack(losses(outputs.logits, **pairs))
         self._parts.append(parts.detach())
@@ -126,8 +128,9 @@ def train(
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         save_strategy="no",
-        logging_steps=50,
+        logging_steps=10,
         report_to="none",
+        dataloader_pin_memory=torch.accelerator.is_available(),
     )
     trainer = ConsistencyTrainer(
         model=model,

@@ -1,0 +1,69 @@
+"""Small random models that the tests share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+VOCABULARY = 97
+PAD, EOS = 0, 1
+
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    pad_token_id=PAD,
+    eos_token_id=EOS,
+    bos_token_id=2,
+)
+
+# The windows of 8 are shorter than what the tests decode, so that sliding matters.
+FAMILIES = {
+    "llama": lambda: LlamaConfig(**_COMMON),
+    "qwen2": lambda: Qwen2Config(**_COMMON),
+    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16),
+    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=8),
+    "gemma2": lambda: Gemma2Config(
+        **_COMMON,
+        head_dim=16,
+        sliding_window=8,
+        query_pre_attn_scalar=16,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "phi3": lambda: Phi3Config(**_COMMON),
+    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
+}
+
+
+def make_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A random model whose reference attention is transformers' eager one."""
+    torch.manual_seed(seed)
+    config = FAMILIES[family]()
+    config._attn_implementation = "eager"  # SDPA skips Gemma2's soft cap in some releases
+    return AutoModelForCausalLM.from_config(config).to(dtype).eval()
+
+
+def make_prompts(rows: int, width: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Left-padded random prompts; every other row is shorter."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCABULARY, (rows, width), generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    for row in range(1, rows, 2):
+        attention_mask[row, : 2 + row % (width - 3)] = 0
+    input_ids[attention_mask == 0] = PAD
+    return {"input_ids": input_ids, "attention_mask": attention_mask}

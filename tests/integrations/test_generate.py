@@ -1,0 +1,288 @@
+"""The three doors to Jacobi decoding, what they refuse, and that they leave the model as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+import threading
+
+import pytest
+import torch
+from helpers import EOS, PAD, make_model, make_prompts
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    LogitsProcessorList,
+    MambaConfig,
+    MambaForCausalLM,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    T5Config,
+    T5ForConditionalGeneration,
+    TextIteratorStreamer,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from cllm_kernels import (
+    JacobiConfig,
+    JacobiGenerator,
+    JacobiOutput,
+    disable_jacobi,
+    enable_jacobi,
+    jacobi_generate,
+)
+
+GREEDY = {"do_sample": False, "max_new_tokens": 24}
+
+
+@pytest.fixture
+def model():
+    return make_model()
+
+
+@pytest.fixture
+def inputs():
+    return make_prompts(1)
+
+
+def snapshot(model):
+    return (
+        model.config._attn_implementation,
+        model.training,
+        [module.training for module in model.modules()],
+        sorted(model.__dict__),
+        sorted(model.state_dict()),
+    )
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+def test_three_doors_open_the_same_room(model, inputs):
+    expected = model.generate(**inputs, **GREEDY)
+    before = snapshot(model)
+    assert torch.equal(model.generate(**inputs, **GREEDY, custom_generate=jacobi_generate, block_size=5), expected)
+    assert torch.equal(JacobiGenerator(model, JacobiConfig(block_size=5)).generate(**inputs, **GREEDY), expected)
+    assert snapshot(model) == before
+    enable_jacobi(model)
+    assert torch.equal(model.generate(**inputs, **GREEDY, decoding="jacobi", block_size=5), expected)
+    assert model.generate.generator.statistics.block_size == 5
+    assert torch.equal(model.generate(**inputs, **GREEDY), expected)
+    assert torch.equal(model.generate(inputs["input_ids"], GenerationConfig(**GREEDY), decoding="ar"), expected)
+    assert torch.equal(model.generate(inputs["input_ids"], GenerationConfig(**GREEDY), decoding="jacobi"), expected)
+    disable_jacobi(model)
+    assert snapshot(model) == before
+    disable_jacobi(model)  # twice does nothing
+
+
+def test_an_enabled_model_survives_copy_pickle_and_inspection(model, inputs, tmp_path):
+    plain = list(inspect.signature(model.generate).parameters)
+    state = sorted(model.state_dict())
+    enable_jacobi(model, JacobiConfig(block_size=5))
+    expected = model.generate(**inputs, **GREEDY)
+    assert list(inspect.signature(model.generate).parameters) == plain
+    assert sorted(model.state_dict()) == state
+    model.save_pretrained(tmp_path)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.generate.generator.model is other
+        assert torch.equal(other.generate(**inputs, **GREEDY, decoding="jacobi"), expected)
+
+
+def test_return_dict_and_statistics(model, inputs):
+    generator = JacobiGenerator(model, JacobiConfig(block_size=5, record_trajectory=True))
+    output = generator.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    assert isinstance(output, JacobiOutput)
+    run = output.statistics
+    assert run is generator.statistics
+    assert run.forwards == run.iterations == sum(run.accept_histogram) == len(output.trajectory[0])
+    assert run.tokens == output.sequences.shape[1] - inputs["input_ids"].shape[1]
+    assert run.prefill_seconds > 0 and run.decode_seconds > 0
+    assert run.backend in ("cpp", "torch")
+    new = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    for (start, drafts), (following, _) in zip(output.trajectory[0], output.trajectory[0][1:], strict=False):
+        assert len(drafts) == 4
+        accepted = following - start
+        assert drafts[: accepted - 1] == new[start : following - 1]  # accepted drafts are committed tokens
+        if accepted < 5 and following < len(new):
+            assert drafts[accepted - 1] != new[following - 1]  # the first wrong draft ended the run
+
+
+def test_streamer_gets_every_token_once_in_order(model, inputs):
+    expected, got = Recorder(), Recorder()
+    model.generate(**inputs, **GREEDY, streamer=expected)
+    commits = []
+    JacobiGenerator(model).generate(**inputs, **GREEDY, streamer=got, on_commit=commits.append)
+    assert got.values == expected.values
+    assert got.ended == 1
+    assert sum(commits, []) == sum(expected.values[1:], [])
+
+
+def test_text_iterator_streamer_in_a_thread(inputs):
+    class Tokenizer:
+        def decode(self, tokens, **kwargs):
+            return " ".join(map(str, tokens)) + " "
+
+    model = make_model()
+    expected = model.generate(**inputs, **GREEDY)[0].tolist()
+    streamer = TextIteratorStreamer(Tokenizer(), timeout=60)
+    thread = threading.Thread(
+        target=JacobiGenerator(model).generate, kwargs=inputs | GREEDY | {"streamer": streamer}
+    )
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert [int(word) for word in text.split()] == expected
+
+
+def test_rows_are_padded_behind_their_eos():
+    model = make_model(seed=4)
+    inputs = make_prompts(5, seed=4)
+    eos = [EOS, *range(3, 40)]
+    expected = model.generate(**inputs, **GREEDY, eos_token_id=eos)
+    assert (expected == PAD).sum() > (inputs["attention_mask"] == 0).sum()  # some rows stop early
+    assert torch.equal(JacobiGenerator(model).generate(**inputs, **GREEDY, eos_token_id=eos), expected)
+
+
+def test_training_mode_is_put_back(model, inputs):
+    expected = model.generate(**inputs, **GREEDY)
+    model.train()
+    model.model.layers[0].eval()
+    before = snapshot(model)
+    assert torch.equal(JacobiGenerator(model).generate(**inputs, **GREEDY), expected)
+    assert snapshot(model) == before
+
+
+REFUSED = {
+    "sampling": ({"do_sample": True}, NotImplementedError, "do_sample=True"),
+    "beams": ({"num_beams": 2}, NotImplementedError, "num_beams=2"),
+    "sequences": ({"num_return_sequences": 2, "num_beams": 2}, NotImplementedError, "num_"),
+    "lookup": ({"prompt_lookup_num_tokens": 3}, NotImplementedError, "prompt_lookup_num_tokens=3"),
+    "scores": ({"output_scores": True}, NotImplementedError, "output_scores=True"),
+    "attentions": ({"output_attentions": True}, NotImplementedError, "output_attentions=True"),
+    "no cache": ({"use_cache": False}, NotImplementedError, "use_cache=False"),
+    "penalty": ({"repetition_penalty": 1.5}, NotImplementedError, "RepetitionPenalty"),
+    "minimum": ({"min_new_tokens": 5}, NotImplementedError, "MinNewTokens"),
+    "processor": (
+        {"logits_processor": LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0)])},
+        NotImplementedError,
+        "RepetitionPenalty",
+    ),
+    "criterion": (
+        {"stopping_criteria": StoppingCriteriaList([lambda ids, scores: torch.zeros(1, dtype=torch.bool)])},
+        NotImplementedError,
+        "stopping criteria",
+    ),
+    "time": ({"max_time": 1.0}, NotImplementedError, "MaxTime"),
+    "stop strings": ({"stop_strings": ["x"]}, NotImplementedError, "stop_strings"),
+    "assistant": ({"assistant_model": make_model()}, NotImplementedError, "assistant_model"),
+    "custom": ({"custom_generate": jacobi_generate}, NotImplementedError, "custom_generate"),
+    "cache": ({"past_key_values": object()}, NotImplementedError, "past_key_values"),
+    "positions": ({"position_ids": torch.arange(3, 15)[None]}, NotImplementedError, "position_ids"),
+    "right padding": (
+        {"attention_mask": torch.tensor([[1] * 10 + [0] * 2])},
+        ValueError,
+        "padded on the left",
+    ),
+    "hole": ({"attention_mask": torch.tensor([[1] * 5 + [0] + [1] * 6])}, ValueError, "zeros, then ones"),
+    "mask shape": ({"attention_mask": torch.ones(1, 7, dtype=torch.int64)}, ValueError, "shape"),
+    "length": ({"max_new_tokens": 250}, ValueError, "262 positions; the model has 256"),
+    "block size 1": ({"block_size": 1}, ValueError, "block_size is 1"),
+    "block size text": ({"block_size": "4"}, ValueError, "block_size is '4'"),
+    "block size beyond the cache": ({"block_size": 257}, ValueError, "at most 256"),
+    "mode": ({"mode": "fast"}, ValueError, "window, block"),
+    "draft": ({"draft": "oracle"}, ValueError, "context, last"),
+    "seed": ({"seed": -1}, ValueError, "seed is -1"),
+    "backend": ({"backend": "tpu"}, ValueError, "tpu"),
+    "unknown": ({"blocksize": 3}, ValueError, "blocksize"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_any_work(case, model, inputs):
+    options, error, message = REFUSED[case]
+    before = snapshot(model)
+    calls = []
+    model.model.embed_tokens.register_forward_hook(lambda *args: calls.append(1))
+    streamer = Recorder()
+    with pytest.raises(error, match=message):
+        JacobiGenerator(model).generate(**(inputs | GREEDY | {"streamer": streamer} | options))
+    assert not calls and not streamer.values
+    assert snapshot(model) == before
+
+
+def test_empty_prompts_are_refused(model):
+    for shape in ((1, 0), (0, 4), (4,)):
+        with pytest.raises(ValueError, match="prompt has shape"):
+            JacobiGenerator(model).generate(torch.zeros(shape, dtype=torch.int64), **GREEDY)
+    with pytest.raises(ValueError, match="prompt has shape None"):
+        JacobiGenerator(model).generate(**GREEDY)
+
+
+def test_a_streamer_takes_one_row(model):
+    with pytest.raises(ValueError, match="3 rows"):
+        JacobiGenerator(model).generate(**make_prompts(3), **GREEDY, streamer=Recorder())
+
+
+def test_decoding_must_be_known(model, inputs):
+    with pytest.raises(ValueError, match="'beam'"):
+        enable_jacobi(model).generate(**inputs, decoding="beam")
+
+
+_SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=32, d_ff=32, num_layers=1, num_heads=2)),
+            "encoder-decoder",
+        ),
+        (lambda: MambaForCausalLM(MambaConfig(**_SMALL, state_size=4)), "cannot roll back"),
+        (lambda: BloomForCausalLM(BloomConfig(**_SMALL, n_head=2)), "attention interface"),
+    ],
+)
+def test_models_that_cannot_be_decoded_are_refused(make, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(NotImplementedError, match=message):
+        JacobiGenerator(model).generate(torch.tensor([[3, 4]]), **GREEDY)
+    assert snapshot(model) == before
+
+
+def test_other_things_than_causal_models_are_refused():
+    with pytest.raises(TypeError, match="Linear"):
+        JacobiGenerator(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="float64"):
+        JacobiGenerator(make_model(dtype=torch.float64))
+    bert = BertModel(BertConfig(**_SMALL, num_attention_heads=2, intermediate_size=32))
+    with pytest.raises(TypeError, match="BertModel"):
+        JacobiGenerator(bert)
+
+
+def test_nan_logits_raise_and_leave_the_model_as_it_was(model, inputs):
+    with torch.no_grad():
+        model.lm_head.weight[7, 0] = float("nan")
+    before = snapshot(model)
+    streamer = Recorder()
+    with pytest.raises(ValueError, match="NaN"):
+        JacobiGenerator(model).generate(**inputs, **GREEDY, streamer=streamer)
+    assert snapshot(model) == before
+    assert streamer.ended == 1  # nobody waits for more
+
+
+def test_jacobi_generate_called_by_itself_says_how_to_call_it(model, inputs):
+    with pytest.raises(ValueError, match="custom_generate"):
+        jacobi_generate(model, inputs["input_ids"])

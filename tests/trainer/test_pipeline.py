@@ -1,0 +1,130 @@
+"""collect, train and evaluate on a tiny task: the trained model loads, and decodes in fewer forwards."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from cllm_trainer import spider
+from cllm_trainer.cli import app
+from cllm_trainer.collect import collect, load_model, prompts_of
+from cllm_trainer.packing import read_rows
+from cllm_trainer.train import TrainConfig, train
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
+from typer.testing import CliRunner
+
+from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels.spider import prompt_for
+
+SCHEMA = {
+    "db_id": "shop",
+    "table_names": ["customer", "order item"],
+    "table_names_original": ["Customer", "Order_Item"],
+    "column_names": [[-1, "*"], [0, "id"], [0, "full name"], [0, "age"], [1, "id"], [1, "customer id"], [1, "price"]],
+    "column_names_original": [
+        [-1, "*"], [0, "ID"], [0, "Full_Name"], [0, "Age"], [1, "ID"], [1, "Customer_ID"], [1, "Price"],
+    ],
+    "column_types": ["text", "number", "text", "number", "number", "number", "number"],
+    "foreign_keys": [[5, 1]],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    """A model of 30 thousand parameters that has learnt a little SQL."""
+    questions = spider.synthesize([SCHEMA], 120)
+    tokenizer = spider.make_tokenizer(questions)
+    set_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=128, tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, bos_token_id=None,
+        )
+    )  # fmt: skip
+    path = tmp_path_factory.mktemp("models") / "target"
+    config = TrainConfig(epochs=10, batch_size=16, learning_rate=3e-3, warmup_steps=5, noisy_blocks=0)
+    record = train(model, tokenizer, spider.encode(questions, tokenizer), path, config)
+    return path, questions, record
+
+
+def test_synthetic_questions_name_real_columns():
+    questions = spider.synthesize([SCHEMA], 120, seed=1)
+    assert questions == spider.synthesize([SCHEMA], 120, seed=1)
+    assert len({row["question"] for row in questions}) == len(questions) == 120
+    words = {"customer", "order_item", "id", "full_name", "age", "customer_id", "price"}
+    for row in questions:
+        assert any(word in row["query"] for word in words)
+        assert row["query"] == spider.canonical_sql(row["query"])
+    assert any(" join " in row["query"] for row in questions)
+
+
+def test_split_is_fixed_and_disjoint():
+    rows = [{"question": str(index)} for index in range(200)]
+    training, held_out = spider.split(rows)
+    assert len(held_out) == 10 and len(training) == 190
+    assert sorted(training + held_out, key=lambda row: int(row["question"])) == rows
+    assert spider.split(rows) == (training, held_out)
+
+
+def test_record_and_saved_weights(target):
+    path, questions, record = target
+    assert json.loads((path / "training_record.json").read_text()) == record
+    assert record["rows"] == 120 and record["steps"] == 80
+    assert record["history"][-1]["ar_loss"] < 3
+    model, tokenizer = load_model(path)
+    assert model.config.dtype in (torch.float32, "float32") and model.dtype == torch.float32
+    assert all(torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # stored in bf16
+    assert tokenizer.padding_side == "left"
+
+
+def test_collect_and_train_make_decoding_faster(target, tmp_path):
+    path, questions, _ = target
+    model, tokenizer = load_model(path)
+    prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
+    summary = collect(
+        model, tokenizer, prompts, tmp_path / "rows.jsonl", JacobiConfig(block_size=8), 32, max_new_tokens=40
+    )
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert summary["prompts"] == len(rows) == 120
+    assert sum(len(row["output_ids"]) for row in rows) == summary["tokens"]
+    assert not (tmp_path / "rows.jsonl.part").exists()
+    # a row holds the greedy output of its own prompt, whatever batch it was decoded in
+    for row in rows[::40]:
+        alone = model.generate(torch.tensor([row["prompt_ids"]]), do_sample=False, max_new_tokens=40)[0]
+        assert alone[len(row["prompt_ids"]) :].tolist() == row["output_ids"]
+        assert all(len(drafts) == 7 for _, drafts in row["states"])
+
+    config = TrainConfig(epochs=12, batch_size=16, learning_rate=3e-3, warmup_steps=5, noisy_blocks=3)
+    train(model, tokenizer, rows, tmp_path / "cllm", config)
+    cllm, tokenizer = load_model(tmp_path / "cllm")
+
+    def tokens_per_forward(of):
+        generator = JacobiGenerator(of, JacobiConfig(block_size=8))
+        inputs = tokenizer.pad({"input_ids": prompts[:32]}, padding_side="left", return_tensors="pt")
+        generator.generate(**inputs, do_sample=False, max_new_tokens=40)
+        return generator.statistics.tokens_per_forward
+
+    assert tokens_per_forward(cllm) > 1.3 * tokens_per_forward(load_model(path)[0])
+
+
+def test_command_line(target, tmp_path):
+    path, questions, _ = target
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in questions[:6]))
+    run = CliRunner().invoke
+    common = ["--model", str(path)]
+    result = run(app, ["collect", *common, "--prompts", str(file), "--output", str(tmp_path / "rows.jsonl"),
+                       "--block-size", "4", "--max-new-tokens", "12"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    result = run(app, ["train", *common, "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "cllm")])
+    assert result.exit_code == 0, result.output
+    result = run(app, ["evaluate", "--target", str(path), "--cllm", str(tmp_path / "cllm"),
+                       "--questions", str(file), "--output", str(tmp_path / "rows.json"), "--block-size", "4", "--max-new-tokens", "12"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (name, method) for name in ("target", "cllm") for method in ("hf_ar", "jacobi_window", "jacobi_block")
+    ]
+    assert all(row["equal"] == 1 and row["prompts"] == 6 for row in rows)
