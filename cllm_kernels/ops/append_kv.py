@@ -74,15 +74,16 @@ def _implementation(key_cache, value_cache, key, value, lengths, backend="auto")
     if backends.resolve(backend, key_cache.device) == "torch":
         reference(key_cache, value_cache, key, value, lengths)
         return
-    batch, heads, capacity, _ = key_cache.shape
+    batch, heads, capacity, dim = key_cache.shape
     lengths = lengths.contiguous()
-    for name, cache, rows in (("key", key_cache, key), ("value", value_cache, value)):
-        backends.EXTENSION.append_rows(
-            cache.data_ptr(), *cache.stride()[:3],
-            rows.data_ptr(), *rows.stride()[:3],
-            lengths.data_ptr(), batch, heads, capacity, rows.size(2), rows.size(3), rows.element_size(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+    backends.EXTENSION.append_kv(
+        key_cache.data_ptr(), *key_cache.stride()[:3],
+        value_cache.data_ptr(), *value_cache.stride()[:3],
+        key.data_ptr(), *key.stride()[:3],
+        value.data_ptr(), *value.stride()[:3],
+        lengths.data_ptr(), batch, heads, capacity, key.size(2), dim, value.size(3), key.element_size(),
+        torch.get_num_threads(),
+    )  # fmt: skip
 
 
 def _fake(key_cache, value_cache, key, value, lengths, backend="auto") -> None:

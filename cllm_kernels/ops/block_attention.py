@@ -62,8 +62,6 @@ def block_attention(
     on its result, not even as NaN; a non-finite value that it sees makes its output non-finite. Nothing is
     mutated. For inference: gradients are not defined.
 
-    The C++ backend takes D and Dv that are multiples of 8 up to 256.
-
     Raises ValueError on shapes, dtypes, devices, strides or numbers that do not fit; on the CPU also when a
     row has L < 0, L + n > S or a negative start. On other devices rows are not checked, because that would
     make the host wait for them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, make_dataclass
+from dataclasses import dataclass, make_dataclass
 
 import torch
 
@@ -18,7 +18,7 @@ _LAYOUT = tuple((name, _DTYPES[dtype], tuple(shape.split())) for name, dtype, sh
 _INDEX = {name: index for index, (name, _, _) in enumerate(_LAYOUT)}
 
 _Fields = make_dataclass(
-    "_Fields", [(name, torch.Tensor) for name, _, _ in _LAYOUT], frozen=True, eq=False, repr=False
+    "_Fields", [(name, torch.Tensor) for name, _, _ in _LAYOUT], frozen=True, eq=False
 )
 
 
@@ -38,15 +38,25 @@ def check_state(tensors: Sequence[torch.Tensor]) -> None:
         if sizes[size] < 1:
             name = "window" if size == "n" else "context"
             raise ValueError(f"{name} has shape {(sizes['B'], sizes[size])}; it must have at least one column")
+    device = window.device
     for (name, dtype, shape), tensor in zip(_LAYOUT, tensors, strict=True):
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} has dtype {tensor.dtype}; it must be {dtype}")
-        check_shape(name, tensor, tuple(sizes[size] for size in shape))
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it must be contiguous")
-        check_device(name, tensor, "window", window)
+        expected = tuple([sizes[size] for size in shape])
+        # One condition, since this runs in every iteration of the loop.
+        if (
+            tensor.dtype != dtype
+            or tensor.shape != expected
+            or not tensor.is_contiguous()
+            or tensor.device != device
+        ):
+            if tensor.dtype != dtype:
+                raise ValueError(f"{name} has dtype {tensor.dtype}; it must be {dtype}")
+            check_shape(name, tensor, expected)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tuple(tensor.stride())}; it must be contiguous")
+            check_device(name, tensor, "window", window)
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class JacobiState(_Fields):
     """Everything that one Jacobi decode carries from forward to forward, as tensors on one device.
 
@@ -57,7 +67,9 @@ class JacobiState(_Fields):
     Raises ValueError when a tensor's dtype, shape, layout or device does not fit.
     """
 
-    __doc__ += "\n" + "\n".join(f"    {name}: {dtype} [{shape.replace(' ', ', ')}]. {doc}." for name, dtype, shape, doc in FIELDS)
+    __doc__ += "\n" + "\n".join(
+        f"    {name}: {dtype} [{shape.replace(' ', ', ')}]. {doc}." for name, dtype, shape, doc in FIELDS
+    )
 
     def __post_init__(self) -> None:
         check_state(self.tensors())
@@ -215,9 +227,7 @@ def context_drafts(
     draws: torch.Tensor,
 ) -> torch.Tensor:
     """A random token of each row's context for every absolute index in `tokens` int64 [B, n]."""
-    start = context_start.long()[:, None]
+    # Rows that are done are drawn for too, and may hold anything.
+    start = context_start.long().clamp(0, context.size(1) - 1)[:, None]
     random = refill_draws(seeds, tokens, draws)
     return context.gather(1, start + random % (context.size(1) - start))
-
-
-assert [field.name for field in fields(JacobiState)] == [name for name, _, _ in _LAYOUT]

@@ -1,0 +1,103 @@
+// The Python module cllm_kernels._C: integers in (pointers, strides, sizes), no logic. What the arguments mean
+// and the checks on them are in cllm_kernels/ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../common/types.h"
+#include "../cpu/kernels.h"
+#include "../cpu/ops.h"
+#include "build_info.inc"
+
+namespace py = pybind11;
+using namespace cllm;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Strided strided(uintptr_t address, int64_t s0, int64_t s1, int64_t s2) { return {pointer<void>(address), {s0, s1, s2}}; }
+
+void block_attention(uintptr_t query, int64_t q0, int64_t q1, int64_t q2, uintptr_t key_cache, int64_t k0, int64_t k1,
+                     int64_t k2, uintptr_t value_cache, int64_t v0, int64_t v1, int64_t v2, uintptr_t lengths,
+                     uintptr_t starts, uintptr_t sinks, uintptr_t out, uintptr_t lse, int64_t batch, int64_t width,
+                     int64_t heads, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t value_dim, float scale,
+                     int64_t sliding_window, float softcap, int dtype, int threads) {
+  cpu::block_attention(
+      {strided(query, q0, q1, q2), strided(key_cache, k0, k1, k2), strided(value_cache, v0, v1, v2),
+       pointer<const int32_t>(lengths), pointer<const int32_t>(starts), pointer<const float>(sinks),
+       pointer<void>(out), pointer<float>(lse), batch, width, heads, kv_heads, capacity, dim, value_dim, scale,
+       sliding_window, softcap, static_cast<DType>(dtype)},
+      threads);
+}
+
+void append_kv(uintptr_t key_cache, int64_t kc0, int64_t kc1, int64_t kc2, uintptr_t value_cache, int64_t vc0,
+               int64_t vc1, int64_t vc2, uintptr_t key, int64_t k0, int64_t k1, int64_t k2, uintptr_t value, int64_t v0,
+               int64_t v1, int64_t v2, uintptr_t lengths, int64_t batch, int64_t kv_heads, int64_t capacity,
+               int64_t width, int64_t dim, int64_t value_dim, int64_t element_size, int threads) {
+  cpu::append_kv({strided(key_cache, kc0, kc1, kc2), strided(value_cache, vc0, vc1, vc2), strided(key, k0, k1, k2),
+                  strided(value, v0, v1, v2), pointer<const int32_t>(lengths), batch, kv_heads, capacity, width, dim,
+                  value_dim, element_size},
+                 threads);
+}
+
+#define CLLM_STATE_FIELD(type, name, dtype, shape) +1
+constexpr size_t state_field_count = 0
+#include "jacobi_state.inc"
+    ;
+#undef CLLM_STATE_FIELD
+
+void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype,
+              const std::array<uintptr_t, state_field_count>& fields, int64_t rows, int64_t width, int64_t vocabulary,
+              int64_t capacity, int64_t context_width, int64_t eos_count, int mode, int refill, int threads) {
+  const uintptr_t* field = fields.data();
+  const JacobiState state{
+#define CLLM_STATE_FIELD(type, name, dtype, shape) pointer<type>(*field++),
+#include "jacobi_state.inc"
+#undef CLLM_STATE_FIELD
+      rows, width, capacity, context_width, eos_count};
+  cpu::converge({pointer<const void>(logits), row_stride, position_stride, vocabulary, static_cast<DType>(dtype)},
+                state, static_cast<Mode>(mode), static_cast<Refill>(refill), threads);
+}
+
+std::vector<std::tuple<std::string, std::string, std::string>> state_fields() {
+  return {
+#define CLLM_STATE_FIELD(type, name, dtype, shape) {#name, dtype, shape},
+#include "jacobi_state.inc"
+#undef CLLM_STATE_FIELD
+  };
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = CLLM_COMPILER;
+  info["compiler_version"] = __VERSION__;
+  info["flags"] = CLLM_FLAGS;
+  info["isas"] = cpu::compiled_isas();
+  info["openmp"] = _OPENMP;
+  info["cuda"] = py::none();
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  using unlocked = py::call_guard<py::gil_scoped_release>;
+  module.def("block_attention", &block_attention, unlocked());
+  module.def("append_kv", &append_kv, unlocked());
+  module.def("converge", &converge, unlocked());
+  module.def("state_fields", &state_fields, "Fields of JacobiState that were compiled in: (name, dtype, shape).");
+  module.def("build_info", &build_info, "How this module was built.");
+  module.def("cpu_isa", &cpu::selected_isa, "The instruction set whose kernels run.");
+  module.def("cpu_isas", &cpu::supported_isas, "The instruction sets that can run here, worst first.");
+  module.def("select_cpu_isa", &cpu::select_isa, "Switches to another of cpu_isas().");
+}

@@ -1,0 +1,67 @@
+// Plain structs that carry pointers, strides and sizes into the kernels. Strides count elements.
+#pragma once
+
+#include <cstdint>
+
+namespace cllm {
+
+// The numbers that cllm_kernels/ops/block_attention.py passes (DTYPE_CODES).
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+// Storage types without arithmetic.
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+// A tensor of four dimensions whose last one is contiguous.
+struct Strided {
+  void* data;
+  int64_t strides[3];
+};
+
+struct AttentionParams {
+  Strided query;        // [B, n, Hq, D]
+  Strided key_cache;    // [B, Hkv, S, D]
+  Strided value_cache;  // [B, Hkv, S, Dv]
+  const int32_t* lengths;
+  const int32_t* starts;
+  const float* sinks;  // [Hq] or null
+  void* out;           // [B, n, Hq, Dv], contiguous
+  float* lse;          // [B, Hq, n], contiguous
+  int64_t batch, width, heads, kv_heads, capacity, dim, value_dim;
+  float scale;
+  int64_t sliding_window;  // 0: none
+  float softcap;           // 0: none
+  DType dtype;
+
+  int64_t group() const { return heads / kv_heads; }
+};
+
+struct AppendParams {
+  Strided key_cache, value_cache;  // [B, Hkv, S, D | Dv]
+  Strided key, value;              // [B, Hkv, n, D | Dv]
+  const int32_t* lengths;
+  int64_t batch, kv_heads, capacity, width, dim, value_dim, element_size;
+};
+
+// One pointer per entry of cllm_kernels/ops/state_fields.py, from which the build generates the list.
+struct JacobiState {
+#define CLLM_STATE_FIELD(type, name, dtype, shape) type* name;
+#include "jacobi_state.inc"
+#undef CLLM_STATE_FIELD
+  int64_t rows, width, capacity, context_width, eos_count;
+};
+
+enum class Mode : int { window = 0, block = 1 };
+enum class Refill : int { context = 0, last = 1 };
+
+struct Logits {
+  const void* data;  // [B, n, V], contiguous in V
+  int64_t row_stride, position_stride, vocabulary;
+  DType dtype;
+};
+
+}  // namespace cllm

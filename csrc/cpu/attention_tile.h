@@ -1,0 +1,333 @@
+// Attention of one tile of queries of one cache head. Included only by kernels.cpp.
+//
+// The rows of a tile are token x head of the group that shares a cache head: row = token * group + member.
+// Scores are computed transposed, [key][row], with rows in the lanes: keys are read where they lie, one
+// broadcast scalar per row block, and the softmax over keys needs no horizontal step. The output is
+// [row][value], with values in the lanes and probabilities broadcast.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace cllm::cpu {
+namespace {
+
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Keys that are scored at a time: a multiple of every block_rows, and few enough to take a third of a 32 KiB L1 cache
+// beside the queries of 16 rows.
+CLLM_INLINE int64_t score_tile(int64_t dim) { return maximum(24, minimum(96, 3072 / dim / 24 * 24)); }
+
+// Keys of a softmax step: more, because each step loads, scales and stores the output once.
+CLLM_INLINE int64_t key_tile(int64_t dim) { return minimum(96, 2 * score_tile(dim)); }
+
+// The parts of the scratch memory, in floats; each starts at a multiple of 16.
+struct Layout {
+  int64_t rows, padded_rows, padded_value_dim, keys;
+  int64_t query, scores, output, peak, total, correction, lowest, highest, key, value, size;
+
+  Layout(const AttentionParams& p, int64_t count) {
+    rows = count * p.group();
+    padded_rows = round_up(rows, lanes);
+    padded_value_dim = round_up(p.value_dim, lanes);
+    keys = key_tile(p.dim);
+    query = 0;
+    scores = query + padded_rows * p.dim;
+    // Output, maxima and sums stand together: they are what a partial result consists of.
+    output = scores + keys * padded_rows;
+    peak = output + rows * padded_value_dim;
+    total = peak + padded_rows;
+    correction = total + padded_rows;
+    lowest = correction + padded_rows;
+    highest = lowest + padded_rows;
+    key = highest + padded_rows;
+    value = key + round_up(keys * p.dim, lanes);
+    size = value + keys * padded_value_dim;
+  }
+};
+
+// scores[r][lane] = sum over d of keys[r][d] * query[d][lane], for R keys.
+template <int R>
+CLLM_INLINE void score_keys(const float* query, const float* keys, int64_t key_stride, int64_t dim, float* scores,
+                            int64_t score_stride) {
+  vfloat sum[R][parts] = {};
+  for (int64_t d = 0; d < dim; ++d) {
+    vfloat q[parts];
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v) q[v] = load(query + d * lanes + v * native);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const vfloat k = splat(keys[r * key_stride + d]);
+#pragma GCC unroll 4
+      for (int v = 0; v < parts; ++v) sum[r][v] += k * q[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v) store(scores + r * score_stride + v * native, sum[r][v]);
+}
+
+// output[r][0..16) = output[r][0..16) * correction[r] + sum over keys of weights[key][r] * values[key][0..16), for R
+// rows.
+template <int R>
+CLLM_INLINE void add_values(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride,
+                            int64_t keys, float* output, int64_t output_stride, const float* correction) {
+  vfloat sum[R][parts];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v)
+      sum[r][v] = load(output + r * output_stride + v * native) * splat(correction[r]);
+  for (int64_t key = 0; key < keys; ++key) {
+    vfloat x[parts];
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v) x[v] = load(values + key * value_stride + v * native);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const vfloat w = splat(weights[key * weight_stride + r]);
+#pragma GCC unroll 4
+      for (int v = 0; v < parts; ++v) sum[r][v] += w * x[v];
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v) store(output + r * output_stride + v * native, sum[r][v]);
+}
+
+// Calls `body<R>` with R equal to the run-time `count`, 1 <= count <= block_rows.
+template <int R, class Body>
+CLLM_INLINE void with_block(int64_t count, const Body& body) {
+  if constexpr (R > 1) {
+    if (count < R) return with_block<R - 1>(count, body);
+  }
+  body(std::integral_constant<int, R>{});
+}
+
+// One step of the online softmax of 16 rows: scores of keys [begin, end) become weights, and `correction` what
+// earlier sums must be multiplied by. `lowest` and `highest` are what each row sees, `all` that every row sees
+// every key.
+CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int64_t end, bool all,
+                              const int32_t* lowest, const int32_t* highest, float softcap, float* peak, float* total,
+                              float* correction) {
+  const int64_t keys = end - begin;
+  if (softcap > 0)
+    for (int64_t key = 0; key < keys; ++key)
+      for (int v = 0; v < parts; ++v) {
+        float* here = scores + key * stride + v * native;
+        store(here, softcap * tanh(load(here) / softcap));
+      }
+  if (!all)
+    for (int v = 0; v < parts; ++v) {
+      vint low, high;
+      memcpy(&low, lowest + v * native, sizeof low);
+      memcpy(&high, highest + v * native, sizeof high);
+      for (int64_t key = 0; key < keys; ++key) {
+        float* here = scores + key * stride + v * native;
+        const vint position = static_cast<int32_t>(begin + key) - vint{};
+        store(here, (low <= position) & (position <= high) ? load(here) : splat(-INFINITY));
+      }
+    }
+
+  vfloat old_peak[parts], new_peak[parts], shift[parts], sum[parts];
+#pragma GCC unroll 4
+  for (int v = 0; v < parts; ++v) new_peak[v] = old_peak[v] = load(peak + v * native);
+  for (int64_t key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v)  // keeps the maximum where the score is NaN, which then shows in the sum
+      new_peak[v] = max(load(scores + key * stride + v * native), new_peak[v]);
+#pragma GCC unroll 4
+  for (int v = 0; v < parts; ++v) {
+    store(peak + v * native, new_peak[v]);
+    // A row that has seen nothing yet keeps weights of 0, as exp(-inf - 0).
+    shift[v] = new_peak[v] == -INFINITY ? vfloat{} : new_peak[v];
+    const vfloat factor = exp(old_peak[v] - shift[v]);
+    store(correction + v * native, factor);
+    sum[v] = load(total + v * native) * factor;
+  }
+  for (int64_t key = 0; key < keys; ++key)
+#pragma GCC unroll 4
+    for (int v = 0; v < parts; ++v) {
+      float* here = scores + key * stride + v * native;
+      const vfloat weight = exp(load(here) - shift[v]);
+      store(here, weight);
+      sum[v] += weight;
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < parts; ++v) store(total + v * native, sum[v]);
+}
+
+// Divides by the sum, with the sink in it, and writes row `row` of a tile.
+template <class T>
+CLLM_INLINE void write_row(const AttentionParams& p, const AttentionTask& task, int64_t row, const float* output,
+                           float peak, float total) {
+  const int64_t token = task.first + row / p.group(), head = task.head * p.group() + row % p.group();
+  float factor = 1;
+  if (p.sinks) {
+    const float sink = p.sinks[head];
+    const float top = peak > sink ? peak : sink;
+    if (top != -INFINITY) {
+      factor = expf(peak - top);
+      total = total * factor + expf(sink - top);
+      peak = top;
+    }
+  }
+  p.lse[(task.row * p.heads + head) * p.width + token] = total == 0 ? -INFINITY : peak + logf(total);
+  factor = total == 0 ? 0 : factor / total;
+  T* out = static_cast<T*>(p.out) + ((task.row * p.width + token) * p.heads + head) * p.value_dim;
+  for (int64_t d = 0; d < p.value_dim; ++d) narrow(output[d] * factor, out + d);
+}
+
+template <class T>
+void attend(const AttentionParams& p, const AttentionTask& task, float* scratch) {
+  const Layout at(p, task.count);
+  const int64_t group = p.group(), rows = at.rows, padded = at.padded_rows, value_dim = at.padded_value_dim;
+  float* query = scratch + at.query;
+  float* scores = scratch + at.scores;
+  float* output = task.partial ? task.partial : scratch + at.output;
+  float* peak = output + rows * value_dim;
+  float* total = peak + padded;
+  float* correction = scratch + at.correction;
+  int32_t* lowest = reinterpret_cast<int32_t*>(scratch + at.lowest);
+  int32_t* highest = reinterpret_cast<int32_t*>(scratch + at.highest);
+
+  // Queries, scaled and transposed to [16 rows][d][lane]; lanes beyond the last row repeat it and are not read.
+  for (int64_t row = 0; row < padded; ++row) {
+    const int64_t real = minimum(row, rows - 1), token = task.first + real / group;
+    const T* from = static_cast<const T*>(p.query.data) + task.row * p.query.strides[0] + token * p.query.strides[1] +
+                    (task.head * group + real % group) * p.query.strides[2];
+    float* to = query + row / lanes * lanes * p.dim + row % lanes;
+    for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * p.scale;
+    const int64_t position = p.lengths[task.row] + token;
+    const int64_t far = p.sliding_window ? position - p.sliding_window + 1 : 0;
+    lowest[row] = static_cast<int32_t>(maximum(p.starts[task.row], far));
+    highest[row] = static_cast<int32_t>(position);
+    peak[row] = -INFINITY;
+    total[row] = 0;
+  }
+  memset(output, 0, sizeof(float) * rows * value_dim);
+
+  const T* key_rows = static_cast<const T*>(p.key_cache.data) + task.row * p.key_cache.strides[0] +
+                      task.head * p.key_cache.strides[1];
+  const T* value_rows = static_cast<const T*>(p.value_cache.data) + task.row * p.value_cache.strides[0] +
+                        task.head * p.value_cache.strides[1];
+  const float one = 1;
+
+  for (int64_t tile = task.key_begin; tile < task.key_end; tile += at.keys) {
+    const int64_t tile_end = minimum(tile + at.keys, task.key_end);
+
+    const float *keys, *values;
+    int64_t key_stride, value_stride;
+    if constexpr (std::is_same<T, float>::value) {
+      keys = key_rows + tile * p.key_cache.strides[2];
+      key_stride = p.key_cache.strides[2];
+    } else {
+      for (int64_t key = tile; key < tile_end; ++key)
+        widen_row(key_rows + key * p.key_cache.strides[2], scratch + at.key + (key - tile) * p.dim, p.dim);
+      keys = scratch + at.key;
+      key_stride = p.dim;
+    }
+    if (std::is_same<T, float>::value && p.value_dim % lanes == 0) {
+      values = reinterpret_cast<const float*>(value_rows + tile * p.value_cache.strides[2]);
+      value_stride = p.value_cache.strides[2];
+    } else {
+      for (int64_t key = tile; key < tile_end; ++key) {
+        float* to = scratch + at.value + (key - tile) * value_dim;
+        widen_row(value_rows + key * p.value_cache.strides[2], to, p.value_dim);
+        for (int64_t d = p.value_dim; d < value_dim; ++d) to[d] = 0;
+      }
+      values = scratch + at.value;
+      value_stride = value_dim;
+    }
+
+    // Positions do not decrease along the rows, so that the first and the last row bound what 16 rows see.
+    const int64_t step = score_tile(p.dim);
+    for (int64_t part = tile; part < tile_end; part += step)
+      for (int64_t row = 0; row < padded; row += lanes) {
+        const int64_t begin = maximum(part, lowest[row]);
+        const int64_t end = minimum(minimum(part + step, tile_end), highest[row + lanes - 1] + 1);
+        for (int64_t key = begin; key < end; key += block_rows)
+          with_block<block_rows>(minimum(block_rows, end - key), [&](auto count) {
+            score_keys<decltype(count)::value>(query + row * p.dim, keys + (key - tile) * key_stride, key_stride,
+                                               p.dim, scores + (key - tile) * padded + row, padded);
+          });
+      }
+
+    for (int64_t row = 0; row < padded; row += lanes) {
+      const int64_t begin = maximum(tile, lowest[row]);
+      const int64_t end = minimum(tile_end, highest[row + lanes - 1] + 1);
+      if (begin >= end) {
+        for (int i = 0; i < lanes; ++i) correction[row + i] = 1;
+        continue;
+      }
+      const bool all = lowest[row + lanes - 1] <= begin && end <= highest[row] + 1;
+      softmax_step(scores + (begin - tile) * padded + row, padded, begin, end, all, lowest + row, highest + row,
+                   p.softcap, peak + row, total + row, correction + row);
+    }
+
+    // 16 values of every key stay in the L1 cache for all rows.
+    for (int64_t d = 0; d < value_dim; d += lanes)
+      for (int64_t row = 0; row < rows; row += block_rows) {
+        const int64_t count = minimum(block_rows, rows - row), last = row + count - 1;
+        // The keys that all rows of the block see; what only some see follows row by row, because a weight of 0
+        // does not remove a NaN.
+        const int64_t begin = minimum(tile_end, maximum(tile, lowest[last]));
+        const int64_t end = maximum(begin, minimum(tile_end, highest[row] + 1));
+        with_block<block_rows>(count, [&](auto size) {
+          add_values<decltype(size)::value>(scores + (begin - tile) * padded + row, padded,
+                                            values + (begin - tile) * value_stride + d, value_stride, end - begin,
+                                            output + row * value_dim + d, value_dim, correction + row);
+        });
+        if (lowest[row] >= begin && highest[last] < end) continue;
+        for (int64_t i = row; i <= last; ++i) {
+          const int64_t from = maximum(tile, lowest[i]), to = minimum(tile_end, highest[i] + 1);
+          const auto add = [&](int64_t first, int64_t behind) {
+            if (first < behind)
+              add_values<1>(scores + (first - tile) * padded + i, padded, values + (first - tile) * value_stride + d,
+                            value_stride, behind - first, output + i * value_dim + d, value_dim, &one);
+          };
+          add(from, minimum(begin, to));
+          add(maximum(end, from), to);
+        }
+      }
+  }
+
+  if (!task.partial)
+    for (int64_t row = 0; row < rows; ++row)
+      write_row<T>(p, task, row, output + row * value_dim, peak[row], total[row]);
+}
+
+template <class T>
+void merge(const AttentionParams& p, const AttentionTask& first, int64_t splits) {
+  const Layout at(p, first.count);
+  const int64_t size = at.rows * at.padded_value_dim, partial = size + 2 * at.padded_rows;
+  for (int64_t row = 0; row < at.rows; ++row) {
+    float top = -INFINITY;
+    for (int64_t i = 0; i < splits; ++i) {
+      const float peak = first.partial[i * partial + size + row];
+      if (peak > top) top = peak;
+    }
+    const float shift = top == -INFINITY ? 0 : top;
+    float total = 0;
+    float* sum = first.partial + row * at.padded_value_dim;
+    for (int64_t i = 0; i < splits; ++i) {
+      const float* from = first.partial + i * partial;
+      const float weight = expf(from[size + row] - shift);
+      total += weight * from[size + at.padded_rows + row];
+      const float* add = from + row * at.padded_value_dim;
+      for (int64_t d = 0; d < at.padded_value_dim; d += native) {
+        const vfloat x = load(add + d) * weight;
+        store(sum + d, i ? load(sum + d) + x : x);
+      }
+    }
+    write_row<T>(p, first, row, sum, top, total);
+  }
+}
+
+}  // namespace
+}  // namespace cllm::cpu

@@ -1,0 +1,74 @@
+#include <cstdlib>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace cllm::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool supported;
+};
+
+// Worst first.
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> list{{"baseline", &kernels_baseline, true}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    list.push_back({"avx2", &kernels_avx2,
+                    __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")});
+    list.push_back({"avx512", &kernels_avx512,
+                    list.back().supported && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
+#endif
+    return list;
+  }();
+  return all;
+}
+
+struct Selection {
+  std::string name;
+  const Kernels* kernels;
+};
+
+Selection find(const std::string& name) {
+  std::string allowed;
+  for (const Isa& isa : isas()) {
+    if (!isa.supported) continue;
+    if (name == isa.name) return {isa.name, isa.kernels};
+    allowed += std::string(allowed.empty() ? "" : ", ") + isa.name;
+  }
+  throw std::invalid_argument("instruction set '" + name + "' was asked for; this build on this CPU has " + allowed);
+}
+
+Selection& selection() {
+  static Selection chosen = [] {
+    const char* name = std::getenv("CLLM_CPU_ISA");
+    return find(name && *name ? name : supported_isas().back());
+  }();
+  return chosen;
+}
+
+}  // namespace
+
+std::vector<std::string> compiled_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) names.push_back(isa.name);
+  return names;
+}
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas())
+    if (isa.supported) names.push_back(isa.name);
+  return names;
+}
+
+const Kernels& kernels() { return *selection().kernels; }
+const std::string& selected_isa() { return selection().name; }
+void select_isa(const std::string& name) { selection() = find(name); }
+
+}  // namespace cllm::cpu

@@ -1,0 +1,48 @@
+// Compiled once per instruction set, with CLLM_ISA naming it.
+#include <type_traits>
+
+#include "argmax.h"
+#include "attention_tile.h"
+
+#define CLLM_JOIN_(a, b) a##b
+#define CLLM_JOIN(a, b) CLLM_JOIN_(a, b)
+
+namespace cllm::cpu {
+namespace {
+
+size_t scratch_size(const AttentionParams& p, int64_t count) { return Layout(p, count).size; }
+
+size_t partial_size(const AttentionParams& p, int64_t count) {
+  const Layout at(p, count);
+  return at.rows * at.padded_value_dim + 2 * at.padded_rows;
+}
+
+void attend_any(const AttentionParams& p, const AttentionTask& task, float* scratch) {
+  switch (p.dtype) {
+    case DType::f32: return attend<float>(p, task, scratch);
+    case DType::bf16: return attend<bf16_t>(p, task, scratch);
+    case DType::f16: return attend<f16_t>(p, task, scratch);
+  }
+}
+
+void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t splits) {
+  switch (p.dtype) {
+    case DType::f32: return merge<float>(p, first, splits);
+    case DType::bf16: return merge<bf16_t>(p, first, splits);
+    case DType::f16: return merge<f16_t>(p, first, splits);
+  }
+}
+
+Best argmax_any(const void* values, int64_t count, DType dtype) {
+  switch (dtype) {
+    case DType::bf16: return argmax(static_cast<const bf16_t*>(values), count);
+    case DType::f16: return argmax(static_cast<const f16_t*>(values), count);
+    default: return argmax(static_cast<const float*>(values), count);
+  }
+}
+
+}  // namespace
+
+const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any, argmax_any};
+
+}  // namespace cllm::cpu

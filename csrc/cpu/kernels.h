@@ -1,0 +1,54 @@
+// The kernels that exist once per instruction set, and the choice among them at run time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "../common/types.h"
+
+namespace cllm::cpu {
+
+// Queries [first, first + count) of batch row `row` and cache head `head` against cache rows
+// [key_begin, key_end).
+struct AttentionTask {
+  int64_t row, head, first, count, key_begin, key_end;
+  // Null: the task sees all its keys and writes the result. Else unnormalised output [rows, padded Dv],
+  // then maxima and sums [padded rows] each, for `merge`.
+  float* partial;
+};
+
+struct Best {
+  float value;
+  int64_t index;
+  bool nan;
+};
+
+struct Kernels {
+  // Floats of scratch memory, 64-byte aligned, that `attend` and `merge` need.
+  size_t (*scratch_size)(const AttentionParams&, int64_t count);
+  size_t (*partial_size)(const AttentionParams&, int64_t count);
+  void (*attend)(const AttentionParams&, const AttentionTask&, float* scratch);
+  // Joins the partial results of `splits` tasks that differ in their keys only and stand one behind the other.
+  void (*merge)(const AttentionParams&, const AttentionTask& first, int64_t splits);
+  // The largest of `count` values and its lowest index.
+  Best (*argmax)(const void* values, int64_t count, DType dtype);
+};
+
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+// Instruction sets that were compiled, worst first, and those among them that this CPU has.
+std::vector<std::string> compiled_isas();
+std::vector<std::string> supported_isas();
+
+// The best supported one, or the one that the environment variable CLLM_CPU_ISA or `select` names.
+const Kernels& kernels();
+const std::string& selected_isa();
+
+// Throws std::invalid_argument on a name that is not supported.
+void select_isa(const std::string& name);
+
+}  // namespace cllm::cpu

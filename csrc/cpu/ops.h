@@ -1,0 +1,13 @@
+// The ops as C++ functions. Each takes the number of threads it may use, and throws std::invalid_argument
+// before it writes anything if a row's numbers do not fit.
+#pragma once
+
+#include "../common/types.h"
+
+namespace cllm::cpu {
+
+void block_attention(const AttentionParams& params, int threads);
+void append_kv(const AppendParams& params, int threads);
+void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, int threads);
+
+}  // namespace cllm::cpu

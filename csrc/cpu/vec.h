@@ -1,0 +1,183 @@
+// Vectors of 16 float lanes, made of as many native registers as the instruction set needs, so that one
+// source serves them all. Included only by kernels.cpp, once per instruction set; everything here has internal
+// linkage, lest the linker hand AVX-512 code to another instruction set.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../common/types.h"
+
+namespace cllm::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int native = 16;
+constexpr int block_rows = 12;  // rows whose accumulators fit in 32 registers and hide the FMA latency
+#elif defined(__AVX2__)
+constexpr int native = 8;
+constexpr int block_rows = 6;  // 12 of 16 registers
+#elif defined(__x86_64__)
+constexpr int native = 4;
+constexpr int block_rows = 2;  // 8 of 16 registers
+#else
+constexpr int native = 4;
+constexpr int block_rows = 6;  // 24 of 32 registers (NEON)
+#endif
+constexpr int lanes = 16;
+constexpr int parts = lanes / native;
+
+#define CLLM_INLINE static inline __attribute__((always_inline))
+
+typedef float vfloat __attribute__((vector_size(native * 4)));
+typedef int32_t vint __attribute__((vector_size(native * 4)));
+typedef uint16_t vhalf __attribute__((vector_size(native * 2)));
+typedef uint32_t vuint __attribute__((vector_size(native * 4)));
+
+CLLM_INLINE vfloat splat(float x) { return x - vfloat{}; }  // x - 0 is x, also for -0
+
+CLLM_INLINE vfloat load(const float* from) {
+  vfloat x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+CLLM_INLINE void store(float* to, vfloat x) { memcpy(to, &x, sizeof x); }
+
+// The second operand if either is NaN.
+CLLM_INLINE vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+CLLM_INLINE bool any(vint mask) {
+  bool found = false;
+  for (int i = 0; i < native; ++i) found |= mask[i] != 0;
+  return found;
+}
+
+// --- storage types ---
+
+CLLM_INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+CLLM_INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+CLLM_INLINE float widen(float x) { return x; }
+CLLM_INLINE float widen(bf16_t x) { return bits_to_float(uint32_t{x.bits} << 16); }
+
+CLLM_INLINE float widen(f16_t x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, magnitude = x.bits & 0x7fffu;
+  if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000u | (magnitude << 13));
+  if (magnitude >= 0x0400) return bits_to_float(sign | ((magnitude << 13) + (112u << 23)));
+  const float subnormal = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  return bits_to_float(sign | float_to_bits(subnormal));
+}
+
+CLLM_INLINE void narrow(float x, float* to) { *to = x; }
+
+// Round to nearest, ties to even.
+CLLM_INLINE void narrow(float x, bf16_t* to) {
+  const uint32_t bits = float_to_bits(x);
+  to->bits = x != x ? static_cast<uint16_t>((bits >> 16) | 0x40) : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+CLLM_INLINE void narrow(float x, f16_t* to) {
+  const uint32_t bits = float_to_bits(x), sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x477ff000u) {  // rounds to 65536 or more
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 2^-1 leaves multiples of 2^-24 in the low bits
+    half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  to->bits = static_cast<uint16_t>(sign | half);
+}
+
+CLLM_INLINE vfloat load(const bf16_t* from) {
+  vhalf x;
+  memcpy(&x, from, sizeof x);
+  const vuint wide = __builtin_convertvector(x, vuint) << 16;
+  return reinterpret_cast<vfloat>(wide);
+}
+
+CLLM_INLINE vfloat load(const f16_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#else
+  vfloat x;
+  for (int i = 0; i < native; ++i) x[i] = widen(from[i]);
+  return x;
+#endif
+}
+
+// `count` values to float.
+template <class T>
+CLLM_INLINE void widen_row(const T* from, float* to, int64_t count) {
+  int64_t i = 0;
+  for (; i + native <= count; i += native) store(to + i, load(from + i));
+  for (; i < count; ++i) to[i] = widen(from[i]);
+}
+
+// --- functions ---
+
+// e^x for x <= 88, 0 below -87.3, NaN for NaN; relative error about 1e-7. Cody-Waite reduction by ln 2 and the
+// polynomial of Cephes' expf (Moshier).
+CLLM_INLINE vfloat exp(vfloat x) {
+  constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, which is left in the low bits
+  const vfloat shifted = x * 1.44269504088896341f + magic;
+  const vfloat k = shifted - magic;
+  const vfloat r = x - k * 0.693359375f - k * -2.12194440e-4f;
+  vfloat y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const vint exponent = (reinterpret_cast<vint>(shifted) - 0x4b400000 + 127) << 23;
+  y *= reinterpret_cast<vfloat>(exponent);
+  return x < -87.3f ? vfloat{} : y;
+}
+
+// Cephes' tanhf: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
+CLLM_INLINE vfloat tanh(vfloat x) {
+  const vint sign = reinterpret_cast<vint>(x) & INT32_MIN;
+  const vfloat size = reinterpret_cast<vfloat>(reinterpret_cast<vint>(x) ^ sign);
+  const vfloat z = x * x;
+  vfloat near = splat(-5.70498872745e-3f);
+  near = near * z + 2.06390887954e-2f;
+  near = near * z - 5.37397155531e-2f;
+  near = near * z + 1.33314422036e-1f;
+  near = near * z - 3.33332819422e-1f;
+  near = near * z * x + x;
+  const vfloat doubled = size + size;
+  const vfloat far = 1.0f - 2.0f / (exp(doubled > 40.0f ? splat(40.0f) : doubled) + 1.0f);
+  return size < 0.625f ? near : reinterpret_cast<vfloat>(reinterpret_cast<vint>(far) | sign);
+}
+
+}  // namespace
+}  // namespace cllm::cpu

@@ -1,0 +1,97 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cllm_kernels import backends
+from cllm_kernels.ops import append_kv_
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False
+    )
+
+
+def test_auto(monkeypatch):
+    monkeypatch.delenv("CLLM_BACKEND", raising=False)
+    assert backends.resolve("auto", CPU) == ("torch" if backends.EXTENSION is None else "cpp")
+    assert backends.resolve("auto", CUDA) == "torch"
+    monkeypatch.setenv("CLLM_BACKEND", "torch")
+    assert backends.resolve("auto", CPU) == "torch"
+    monkeypatch.setenv("CLLM_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="backend is 'fastest'; allowed are 'auto', 'cpp', 'torch', 'triton', 'cuda'"):
+        backends.resolve("auto", CPU)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_backends_that_are_not_built(name):
+    assert backends.available()[name] == "not in this build"
+    with pytest.raises(RuntimeError, match=f"'{name}' was asked for but it is not in this build"):
+        backends.resolve(name, CPU)
+
+
+def test_cpp_says_why_not(monkeypatch):
+    monkeypatch.setattr(backends, "EXTENSION", None)
+    monkeypatch.setattr(backends, "_REASON", "stale build: for a test")
+    assert backends.available()["cpp"] == "stale build: for a test"
+    with pytest.raises(RuntimeError, match="'cpp' was asked for but stale build: for a test"):
+        zeros = torch.zeros(1, 1, 2, 4)
+        append_kv_(zeros, zeros, zeros, zeros, torch.zeros(1, dtype=torch.int32), backend="cpp")
+
+
+def test_cpp_runs_on_the_cpu_only():
+    if backends.EXTENSION is None:
+        pytest.skip(backends.available()["cpp"])
+    with pytest.raises(RuntimeError, match="tensors are on cuda:0"):
+        backends.resolve("cpp", CUDA)
+
+
+def test_a_build_for_other_fields_is_stale(monkeypatch):
+    if backends.EXTENSION is None:
+        pytest.skip(backends.available()["cpp"])
+    monkeypatch.setattr(backends, "FIELDS", backends.FIELDS[:-1])
+    module, reason = backends._load()
+    assert module is None and reason.startswith("stale build")
+
+
+def test_import_starts_no_cuda_context():
+    done = run("import cllm_kernels.ops, torch; assert not torch.cuda.is_initialized()")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(backends.EXTENSION is None, reason=str(backends.available()["cpp"]))
+class TestExtension:
+    def test_build_info(self):
+        info = backends.EXTENSION.build_info()
+        assert set(info) == {"compiler", "compiler_version", "flags", "isas", "openmp", "cuda"}
+        assert "-O3" in info["flags"] and info["isas"][0] == "baseline" and info["cuda"] is None
+        assert set(backends.EXTENSION.cpu_isas()) <= set(info["isas"])
+
+    def test_environment_chooses_the_instruction_set(self):
+        code = "import cllm_kernels.backends as b; print(b.EXTENSION.cpu_isa())"
+        for isa in backends.EXTENSION.cpu_isas():
+            assert run(code, CLLM_CPU_ISA=isa).stdout.strip() == isa
+        assert run(code, CLLM_CPU_ISA="").stdout.strip() == backends.EXTENSION.cpu_isas()[-1]
+
+    def test_unknown_instruction_set(self):
+        done = run("import cllm_kernels.backends as b; b.EXTENSION.cpu_isa()", CLLM_CPU_ISA="mmx")
+        assert "ValueError: instruction set 'mmx' was asked for; this build on this CPU has baseline" in done.stderr
+        with pytest.raises(ValueError, match="instruction set 'sse9'"):
+            backends.EXTENSION.select_cpu_isa("sse9")
+
+    def test_one_openmp_runtime(self):
+        """Two would keep two pools of threads, which spin against each other."""
+        if not Path("/proc/self/maps").exists():
+            pytest.skip("no /proc/self/maps here")
+        done = run(
+            "import cllm_kernels.backends as b; assert b.EXTENSION\n"
+            "print(*{line.split()[-1] for line in open('/proc/self/maps') if 'gomp' in line or 'libomp' in line})"
+        )
+        assert len(done.stdout.split()) == 1, done.stdout
