@@ -19,8 +19,8 @@ constexpr int64_t split_width = 64;
 // Keys of a split. The cut depends on nothing but the row's own lengths, so that a result depends neither on the
 // number of threads nor on the rest of the batch.
 constexpr int64_t split_keys = 512;
-// Starting threads costs a few microseconds, in which one core does about this many multiply-adds.
-constexpr int64_t parallel_work = 200'000;
+// One core does this many multiply-adds in some fifty microseconds, ten times what starting threads costs.
+constexpr int64_t parallel_work = 1'000'000;
 
 // Memory that a thread keeps from call to call; fresh pages would cost more than the work on them.
 class Scratch {
