@@ -47,6 +47,9 @@ def test_without_a_compiler_the_package_is_pure_python(sources, tmp_path):
     assert not list((tmp_path / "site").rglob("*.so"))
     assert (tmp_path / "site" / "cllm_trainer").is_dir()
     code = (
+        # An editable install of this tree would still find the module that it built.
+        "import sys\n"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in repr(finder)]\n"
         "import torch\n"
         "from cllm_kernels import backends\n"
         "from cllm_kernels.ops import append_kv_\n"
