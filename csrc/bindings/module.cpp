@@ -25,7 +25,9 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Strided strided(uintptr_t address, int64_t s0, int64_t s1, int64_t s2) { return {pointer<void>(address), {s0, s1, s2}}; }
+Strided strided(uintptr_t address, int64_t s0, int64_t s1, int64_t s2) {
+  return {pointer<void>(address), {s0, s1, s2}};
+}
 
 void block_attention(uintptr_t query, int64_t q0, int64_t q1, int64_t q2, uintptr_t key_cache, int64_t k0, int64_t k1,
                      int64_t k2, uintptr_t value_cache, int64_t v0, int64_t v1, int64_t v2, uintptr_t lengths,

@@ -97,7 +97,8 @@ CLLM_INLINE void narrow(float x, float* to) { *to = x; }
 // Round to nearest, ties to even.
 CLLM_INLINE void narrow(float x, bf16_t* to) {
   const uint32_t bits = float_to_bits(x);
-  to->bits = x != x ? static_cast<uint16_t>((bits >> 16) | 0x40) : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  const uint32_t rounded = x != x ? bits | 0x400000u : bits + 0x7fff + ((bits >> 16) & 1);
+  to->bits = static_cast<uint16_t>(rounded >> 16);
 }
 
 CLLM_INLINE void narrow(float x, f16_t* to) {

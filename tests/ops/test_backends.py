@@ -14,9 +14,8 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 def run(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment, check=False
-    )
+    command, environment = [sys.executable, "-c", code], os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
 def test_auto(monkeypatch):

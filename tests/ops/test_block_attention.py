@@ -62,10 +62,11 @@ def expected(case, options=()):
     return arguments, out, lse, error
 
 
-def check(backend, options=(), **case):
+def check(backend, options=None, **case):
+    options = options or {}
     case = tuple((key, tuple(value) if isinstance(value, list) else value) for key, value in case.items())
-    arguments, out, lse, error = expected(case, tuple(dict(options).items()))
-    got_out, got_lse = block_attention(*arguments, backend=backend, **dict(options))
+    arguments, out, lse, error = expected(case, tuple(options.items()))
+    got_out, got_lse = block_attention(*arguments, backend=backend, **options)
     assert got_out.dtype == arguments[0].dtype and got_out.is_contiguous()
     assert got_lse.dtype == torch.float32
     assert (got_out.double() - out).abs().max().item() <= 2 * error + ATOL
@@ -105,7 +106,7 @@ def test_head_sizes(dtype, dims, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 16, 33])
 def test_options(width, dtype, options, backend):
-    check(backend, tuple(options.items()), heads=6, kv_heads=2, width=width, lengths=[130, 40], starts=[0, 3], dtype=dtype)
+    check(backend, options, heads=6, kv_heads=2, width=width, lengths=[130, 40], starts=[0, 3], dtype=dtype)
 
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
@@ -124,9 +125,9 @@ def test_sinks(length, softcap, backend):
 @pytest.mark.parametrize("window", [0, 50])
 def test_prompt(window, group, backend):
     """Many query tiles, and groups that are larger than a tile."""
-    check(backend, (("sliding_window", window),), heads=group, kv_heads=1, width=333, lengths=[0, 17], starts=[4, 0],
-          dim=16) if group < 40 else check(
-        backend, (("sliding_window", window),), heads=group, kv_heads=1, width=11, lengths=[0, 17], dim=16)  # fmt: skip
+    width = 333 if group < 40 else 11
+    options = {"sliding_window": window}
+    check(backend, options, heads=group, kv_heads=1, width=width, lengths=[0, 17], starts=[0, 4], dim=16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -245,8 +246,11 @@ def test_opcheck(sinks, backend):
 
 def test_compiles(backend):
     arguments = make(4, 2, 3, [7, 2])
-    compiled = torch.compile(lambda *a: block_attention(*a, backend=backend)[0] + 1, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(*arguments), block_attention(*arguments, backend=backend)[0] + 1)
+
+    def run(*tensors):
+        return block_attention(*tensors, backend=backend)[0] + 1
+
+    assert torch.equal(torch.compile(run, backend="aot_eager", fullgraph=True)(*arguments), run(*arguments))
 
 
 BAD = {
