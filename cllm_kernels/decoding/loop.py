@@ -129,6 +129,8 @@ def _row_statistics(state: JacobiState) -> tuple[RowStatistics, ...]:
         state.iterations,
         state.accept_histogram,
         state.stationary,
+        state.paper_iterations,
+        state.paper_stationary,
         state.done,
     )
     return tuple(
@@ -138,11 +140,11 @@ def _row_statistics(state: JacobiState) -> tuple[RowStatistics, ...]:
             accept_histogram=tuple(histogram),
             fast_forwarded=tokens - iterations,
             stationary=stationary,
-            paper_fast_forwarded=0,
-            paper_stationary=0,
+            paper_fast_forwarded=tokens - paper_iterations,
+            paper_stationary=paper_stationary,
             stopped_by=_STOP_REASONS[done],
         )
-        for tokens, iterations, histogram, stationary, done in zip(
+        for tokens, iterations, histogram, stationary, paper_iterations, paper_stationary, done in zip(
             *(column.tolist() for column in columns), strict=True
         )
     )

@@ -32,12 +32,16 @@ def converge_(
     2. if one of g[0..a) is an EOS token, a ends with the first such and done = 1; else if the limit is
        reached, done = 2.
     3. commit: g[0..a) goes to output[produced..); produced and lengths grow by a, iterations by 1,
-       accept_histogram[a] by 1, and stationary by the number of i in [1, a) with kept[i] == 1.
+       accept_histogram[a] by 1, and stationary by the number of i in [1, a) with kept[i] == 1. With k the
+       new value of iterations, g[i] was first predicted in forward c[i] = since[i + 1] where w[i + 1] has
+       the same value, else k; the correct prefix of the predictions reached it in forward
+       m[i] = max(front, c[0..i]). paper_stationary grows by the number of i with c[i] < m[i],
+       paper_iterations by that of the different m[i] > front, and front becomes m[a - 1].
     4. unless the row is done now, the next window: w'[0] = g[a - 1] and w'[j] = g[a - 1 + j] as far as g
        reaches; kept'[j] = 1 where j >= 1 and w[a + j], the draft that stood at this position behind the
-       wrong draft w[a], has the same value. In mode "block", block_left shrinks by a, and starts again
+       wrong draft w[a], has the same value; then since'[j] = since[a + j], else k. In mode "block", block_left shrinks by a, and starts again
        at n when it reaches 0; drafts beyond the block (all drafts when it starts again) count as missing.
-    5. missing drafts are refilled, with kept' = 0. "last" repeats g[n - 1]. "context" gives the draft for
+    5. missing drafts are refilled, with kept' = 0 and since' = k + 1. "last" repeats g[n - 1]. "context" gives the draft for
        new token t = produced + j - 1 the value context[context_start + r % (C - context_start)], where r is
        the first word of Philox4x32-10 with key (low, high word of the row's seed) and counter
        (t, 0, 0x4A43, iterations).
@@ -51,7 +55,9 @@ def converge_(
     the state, and on the CPU on a running row with produced, limits, block_left or context_start out of range.
 
     Jacobi decoding: Santilli et al., 2023, arXiv:2305.10427; drafts from the context and the blocks that run
-    to their fixed point: CLLM, Kou et al., 2024, arXiv:2403.00835.
+    to their fixed point: CLLM, Kou et al., 2024, arXiv:2403.00835, whose counts of fast-forwarded and
+    stationary tokens (section 4.3) the fields paper_* hold: they look at predictions where `stationary`
+    looks at drafts.
     """
     torch.ops.cllm_kernels.converge_(logits, *state.tensors(), mode, refill, backend)
 
@@ -140,6 +146,16 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
     state.lengths.add_(gained)
     state.iterations.add_(live)
     state.accept_histogram.add_((torch.arange(width + 1, device=logits.device) == accept[:, None]) & live[:, None])
+    born = torch.where(
+        (window.roll(-1, 1) == predicted) & (columns < width - 1), state.since.roll(-1, 1), state.iterations[:, None]
+    )
+    reached = torch.maximum(born, state.front[:, None]).cummax(1).values
+    before = torch.cat((state.front[:, None], reached[:, :-1]), 1)
+    counted = columns < gained[:, None]
+    state.paper_stationary.add_(((born < reached) & counted).sum(1))
+    state.paper_iterations.add_(((reached > before) & counted).sum(1))
+    front = reached.gather(1, (accept[:, None] - 1).clamp(min=0)).squeeze(1)  # limit 0: accept is 0, and not live
+    state.front.copy_(torch.where(live, front, state.front))
     state.stationary.add_(((state.kept == 1) & (columns >= 1) & (columns < gained[:, None])).sum(1))
     state.done.copy_(torch.where(live, done, state.done))
 
@@ -153,7 +169,10 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
         state.block_left.copy_(torch.where(going, torch.where(left == 0, width, left), state.block_left))
     drafts = predicted.gather(1, shifted.clamp(0, width - 1))
     stood = window.gather(1, (shifted + 1).clamp(0, width - 1))
-    kept = present & (shifted + 1 < width) & (stood == drafts) & (columns >= 1)
+    stayed = present & (shifted + 1 < width) & (stood == drafts)
+    kept = stayed & (columns >= 1)
+    since = state.since.gather(1, (shifted + 1).clamp(0, width - 1))
+    since = torch.where(stayed, since, state.iterations[:, None] + (~present).to(torch.int32))
 
     # 5. refill
     if refill == "context":
@@ -166,6 +185,7 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
     drafts = torch.where(present, drafts, fresh)
     state.window.copy_(torch.where(going[:, None], drafts, window))
     state.kept.copy_(torch.where(going[:, None], kept, state.kept))
+    state.since.copy_(torch.where(going[:, None], since, state.since))
     state.status[0] = (state.done == 0).sum()
 
 

@@ -199,13 +199,14 @@ class JacobiState(_Fields):
         return JacobiState(*(tensor.clone() for tensor in self.tensors()))
 
     def refill_all_(self, refill: str = "context") -> None:
-        """Replaces the drafts `window[:, 1:]` of every row and clears `kept`, without a host sync.
+        """Replaces the drafts `window[:, 1:]` of every row, also in `kept` and `since`, without a host sync.
 
         "context" draws tokens of the row's context by the rule of `converge_` with draw number 0; "last"
         repeats `window[:, 0]`. Raises ValueError on another name.
         """
         check_refill(refill)
         self.kept.zero_()
+        self.since.copy_(self.iterations[:, None] + 1)
         if refill == "last":
             self.window[:, 1:] = self.window[:, :1]
             return

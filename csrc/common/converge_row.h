@@ -14,6 +14,7 @@ inline void converge_row(const JacobiState& state, int64_t row, const int64_t* p
   const int64_t n = state.width;
   int64_t* window = state.window + row * n;
   int32_t* kept = state.kept + row * n;
+  int32_t* since = state.since + row * n;
 
   int64_t accept = 1;
   while (accept < n && window[accept] == predictions[accept - 1]) ++accept;
@@ -36,7 +37,15 @@ inline void converge_row(const JacobiState& state, int64_t row, const int64_t* p
   for (int64_t i = 1; i < accept; ++i) state.stationary[row] += kept[i] == 1;
   state.produced[row] += static_cast<int32_t>(accept);
   state.lengths[row] += static_cast<int32_t>(accept);
-  state.iterations[row] += 1;
+  const int32_t forward = ++state.iterations[row];
+  for (int64_t i = 0; i < accept; ++i) {
+    const int32_t born = i + 1 < n && window[i + 1] == predictions[i] ? since[i + 1] : forward;
+    if (born > state.front[row]) {
+      state.front[row] = born;
+      state.paper_iterations[row] += 1;
+    }
+    state.paper_stationary[row] += born < state.front[row];
+  }
   state.accept_histogram[row * (n + 1) + accept] += 1;
   state.done[row] = done;
   if (done) return;
@@ -54,21 +63,22 @@ inline void converge_row(const JacobiState& state, int64_t row, const int64_t* p
     state.block_left[row] = left;
   }
   // Slot j is read from accept + j > j, so the shift may run in place.
-  window[0] = predictions[accept - 1];
-  kept[0] = 0;
-  for (int64_t j = 1; j < present; ++j) {
+  for (int64_t j = 0; j < present; ++j) {
     const int64_t draft = predictions[accept - 1 + j];
-    kept[j] = accept + j < n && window[accept + j] == draft;
+    const bool stayed = accept + j < n && window[accept + j] == draft;
+    kept[j] = j >= 1 && stayed;
+    since[j] = stayed ? since[accept + j] : forward;
     window[j] = draft;
   }
   const int64_t* context = state.context + row * state.context_width;
   const int64_t start = state.context_start[row];
   for (int64_t j = present; j < n; ++j) {
     kept[j] = 0;
+    since[j] = forward + 1;
     if (refill == Refill::last) {
       window[j] = predictions[n - 1];
     } else {
-      const uint32_t random = refill_draw(state.seeds[row], state.produced[row] + j - 1, state.iterations[row]);
+      const uint32_t random = refill_draw(state.seeds[row], state.produced[row] + j - 1, forward);
       window[j] = context[start + random % (state.context_width - start)];
     }
   }

@@ -24,6 +24,9 @@ IGNORE = -100  # the label that torch's cross entropy skips
 class TrajectoryDataset(Dataset):
     """Rows with ``noisy_blocks`` states drawn anew for every visit.
 
+    Half of the states drawn are augmented as the paper does it: some of their drafts are set right. Each such
+    state draws its own share of drafts to set right, so that the model meets every degree of noise.
+
     Args:
         rows: training rows as the module describes them.
         noisy_blocks: how many states to pack behind each clean sequence; fewer where a row has fewer.
@@ -35,6 +38,15 @@ class TrajectoryDataset(Dataset):
         self.noisy_blocks = noisy_blocks
         self._random = random.Random(seed)
 
+    def _augment(self, state: tuple[int, list[int]], output: list[int]) -> tuple[int, list[int]]:
+        if self._random.random() < 0.5:
+            return state
+        start, drafts = state
+        share = self._random.random()
+        right = output[start : start + len(drafts)]
+        corrected = [new if self._random.random() < share else old for old, new in zip(drafts, right, strict=False)]
+        return start, corrected + drafts[len(right) :]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -45,8 +57,15 @@ class TrajectoryDataset(Dataset):
         return {
             "input_ids": row["prompt_ids"] + row["output_ids"],
             "prompt_length": len(row["prompt_ids"]),
-            "states": drawn,
+            "states": [self._augment(state, row["output_ids"]) for state in drawn],
         }
+
+
+def initial_states(row: dict, block_size: int, rng: random.Random) -> list[tuple[int, list[int]]]:
+    """For every start the state in which a block begins: drafts drawn from the prompt. Needs no decoding."""
+    return [
+        (start, rng.choices(row["prompt_ids"], k=block_size - 1)) for start in range(len(row["output_ids"]) - 1)
+    ]
 
 
 def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:

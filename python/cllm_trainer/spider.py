@@ -18,7 +18,7 @@ from cllm_kernels.spider import canonical_sql, prompt_for, read_questions
 
 from .collect import collect, load_model, prompts_of
 from .evaluate import evaluate
-from .packing import read_rows
+from .packing import initial_states, read_rows
 from .train import TrainConfig, train
 
 HELD_OUT = 0.05
@@ -27,11 +27,14 @@ CONTEXT = 512
 SYNTHETIC = 3000
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
+TRAJECTORIES = 3000
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
 TARGET_CONFIG = TrainConfig(
     epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
 )
-CLLM_CONFIG = TrainConfig(epochs=5, batch_size=32, learning_rate=5e-4, warmup_steps=100, noisy_blocks=4)
+CLLM_CONFIG = TrainConfig(
+    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=3
+)
 
 
 def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -221,20 +224,26 @@ def build_target(data: str | Path, output_dir: str | Path, config: TrainConfig =
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Collects the target's trajectories on the training questions, and trains the CLLM on them.
+    """Collects the target's trajectories on some training questions, and trains the CLLM on all of them.
 
-    The autoregressive loss takes the target's own outputs, as the paper does. ``work`` gets the trajectories.
-    A sample of the held-out questions is written beside the CLLM, for the demo.
+    Where a trajectory is there, the autoregressive loss takes the target's own output, as the paper does; the
+    other questions keep their gold query, so that quality does not suffer, and blocks of random drafts. ``work``
+    gets the trajectories. A sample of the held-out questions is written beside the CLLM, for the demo.
     """
     training, held_out, _ = load(data)
+    random.Random(0).shuffle(training)
     model, tokenizer = load_model(target)
-    prompts = prompts_of(tokenizer, [prompt_for(row) for row in training])
+    prompts = prompts_of(tokenizer, [prompt_for(row) for row in training[:TRAJECTORIES]])
     Path(work).mkdir(parents=True, exist_ok=True)
     path = Path(work) / "trajectories.jsonl"
     config = JacobiConfig(block_size=BLOCK_SIZE)
     summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
     notes = {"start": "spider-target", "block_size": config.block_size, "trajectories": summary}
-    record = train(model, tokenizer, read_rows(path), output_dir, CLLM_CONFIG, notes)
+    rows = read_rows(path)
+    rng = random.Random(0)
+    for row in encode(training[TRAJECTORIES:], tokenizer):
+        rows.append(row | {"states": initial_states(row, BLOCK_SIZE, rng)})
+    record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes)
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in random.Random(0).sample(held_out, SAMPLE))
     return record

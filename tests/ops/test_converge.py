@@ -34,7 +34,7 @@ def oracle(logits, state, mode, refill):
     for row in range(state.rows):
         if after["done"][row] != 0:
             continue
-        window, kept = list(after["window"][row]), list(after["kept"][row])
+        window, kept, since = (list(after[name][row]) for name in ("window", "kept", "since"))
         predicted = []
         for position in range(width):
             values = logits[row, position].tolist()
@@ -63,6 +63,15 @@ def oracle(logits, state, mode, refill):
         after["produced"][row] += accept
         after["lengths"][row] += accept
         after["iterations"][row] += 1
+        forward = after["iterations"][row]
+        for i in range(accept):
+            held = i + 1 < width and window[i + 1] == predicted[i]
+            first = since[i + 1] if held else forward
+            if first < after["front"][row]:
+                after["paper_stationary"][row] += 1
+            elif first > after["front"][row]:
+                after["paper_iterations"][row] += 1
+                after["front"][row] = first
         after["accept_histogram"][row][accept] += 1
         after["done"][row] = done
         if done:
@@ -81,10 +90,13 @@ def oracle(logits, state, mode, refill):
             if mode == "block" and j >= 1 and (restart or j >= after["block_left"][row]):
                 usable = False
             after["kept"][row][j] = 0
+            after["since"][row][j] = forward + 1
             if usable:
                 after["window"][row][j] = predicted[source]
-                if j >= 1 and accept + j < width and window[accept + j] == predicted[source]:
-                    after["kept"][row][j] = 1
+                after["since"][row][j] = forward
+                if accept + j < width and window[accept + j] == predicted[source]:
+                    after["since"][row][j] = since[accept + j]
+                    after["kept"][row][j] = int(j >= 1)
             elif refill == "last":
                 after["window"][row][j] = predicted[width - 1]
             else:
@@ -116,6 +128,9 @@ def random_state(generator, rows, width, vocabulary, context=5, eos=(), limit=20
         capacity=limit + 2,
     )
     state.kept.copy_(integers(0, 2, (rows, width)))
+    state.iterations.copy_(integers(3, 9, (rows,)))
+    state.front.copy_(integers(0, 5, (rows,)))
+    state.since.copy_(integers(1, 5, (rows, width)))
     return state
 
 
@@ -205,7 +220,7 @@ def test_finished_rows_are_neither_read_nor_written(backend):
     for (name, *_), tensor, old in zip(FIELDS, state.tensors(), before.tensors()):
         if name not in ("status", "eos"):
             assert torch.equal(tensor[[0, 2]], old[[0, 2]]), name
-    assert state.iterations[1] == 1 and state.status.tolist() == [1, 0]
+    assert state.iterations[1] == before.iterations[1] + 1 and state.status.tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("vocabulary", [5, 40000])

@@ -1,0 +1,82 @@
+"""The `cllm` command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from cllm_kernels.cli.app import app
+
+MODELS = Path(__file__).parents[2] / "models"
+KEYS = {
+    "method", "model", "block_size", "prompts", "tokens_per_forward", "tokens_per_second", "speedup", "equal",
+    "exact_match", "degenerate",
+}  # fmt: skip
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_demo_writes_its_rows(tmp_path):
+    path = tmp_path / "rows.json"
+    result = run("demo", "--models", MODELS, "--limit", 3, "--quiet", "--json", path, "--block-size", 8)
+    assert result.exit_code == 0, result.output
+    assert "speed-up" in result.output and "AR  " not in result.output
+    rows = json.loads(path.read_text())
+    assert [(row["model"], row["method"]) for row in rows] == [
+        (model, method) for model in ("target", "cllm") for method in ("hf_ar", "jacobi_window", "jacobi_block")
+    ]
+    for row in rows:
+        assert KEYS <= set(row)
+        assert row["prompts"] == 3 and row["equal"] == 1.0
+        assert row["block_size"] == (1 if row["method"] == "hf_ar" else 8)
+        assert row["tokens_per_second"] > 0
+
+
+def test_demo_shows_other_questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"db_id": "wine_1", "question": "How many wines are there?", "query": "x"}) + "\n")
+    result = run("demo", "--models", MODELS, "--prompts", path)
+    assert result.exit_code == 0, result.output
+    assert "How many wines are there?" in result.output
+    assert "same tokens" in result.output and "different tokens" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "no questions"), ("{}\n", "questions.jsonl:1"), ('{"db_id": 1}\n', "db_id"), ("nonsense\n", "not JSON")],
+)
+def test_demo_names_what_is_wrong_with_questions(tmp_path, text, message):
+    path = tmp_path / "questions.jsonl"
+    path.write_text(text)
+    result = run("demo", "--models", MODELS, "--prompts", path, "--quiet")
+    assert result.exit_code == 1 and message in result.output.replace("\n", "")
+
+
+def test_demo_without_models_says_what_it_looks_for(tmp_path):
+    result = run("demo", "--models", tmp_path)
+    assert result.exit_code == 1 and "spider-target" in result.output
+
+
+def test_generate():
+    result = run("generate", "--model", MODELS / "spider-cllm", "--prompt", "wine_1 : How many wines are there?\n")
+    assert result.exit_code == 0, result.output
+    assert "select" in result.output and "tokens per forward" in result.output
+
+
+def test_generate_reports_errors():
+    result = run("generate", "--model", MODELS / "spider-cllm", "--prompt", "x", "--mode", "warp")
+    assert result.exit_code == 1 and "window, block" in result.output
+    result = run("generate", "--model", MODELS / "nowhere", "--prompt", "x")
+    assert result.exit_code == 1 and "error" in result.output
+
+
+def test_doctor_lists_every_backend():
+    result = run("doctor")
+    assert result.exit_code == 0
+    for word in ("cpp", "torch", "triton", "cuda", "not in this build", "avx2"):
+        assert word in result.output
