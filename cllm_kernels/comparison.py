@@ -7,6 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import transformers
@@ -98,6 +99,17 @@ def compare(
     return [_row(method, methods[0], questions, tokenizer, model, name, rounds) for method in methods]
 
 
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def _row(
     method: _Method,
     baseline: _Method,
@@ -141,7 +153,7 @@ def _row(
         "rounds": rounds,
         "backend": method.runs[0].backend if method.runs else "transformers",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": platform.processor() or platform.machine() if model.device.type == "cpu" else torch.cuda.get_device_name(),
+        "device": _device_name(model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

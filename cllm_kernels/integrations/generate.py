@@ -183,9 +183,9 @@ class JacobiGenerator:
             if kwargs.pop(name, None) is not None:
                 raise NotImplementedError(f"generate's {name} is not supported by Jacobi decoding")
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if prompt is None or prompt.dim() != 2 or prompt.shape[0] == 0 or prompt.shape[1] == 0:
-            shape = None if prompt is None else tuple(prompt.shape)
-            raise ValueError(f"the prompt has shape {shape}; it must be [batch, length] with at least one token a row")
+        shape = tuple(prompt.shape) if isinstance(prompt, torch.Tensor) else None
+        if shape is None or len(shape) != 2 or 0 in shape:
+            raise ValueError(f"the prompt has shape {shape}; it must be a tensor [batch, length] with at least one token a row")
         if kwargs.get("attention_mask") is not None:
             _check_mask_shape(kwargs["attention_mask"], prompt)  # generate drops a mask of ones, whatever its shape
         returns_dict = kwargs.pop("return_dict_in_generate", None)

@@ -33,7 +33,7 @@ TARGET_CONFIG = TrainConfig(
     epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
 )
 CLLM_CONFIG = TrainConfig(
-    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=3
+    epochs=10, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=2
 )
 
 
