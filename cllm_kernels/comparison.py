@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
 import statistics
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .decoding import JacobiConfig, JacobiStatistics
 from .integrations.generate import JacobiGenerator
@@ -97,6 +98,27 @@ def compare(
         for method, taken in zip(methods, times, strict=True):
             method.seconds.append(statistics.median(taken))
     return [_row(method, methods[0], questions, tokenizer, model, name, rounds) for method in methods]
+
+
+def compare_models(
+    models: dict[str, str | Path],
+    questions: list[dict],
+    block_size: int = 16,
+    max_new_tokens: int = 256,
+    rounds: int = 1,
+    progress: Callable[[Iterable, str], Iterable] = lambda items, name: items,
+) -> list[dict]:
+    """The rows of :func:`compare` for each checkpoint of ``models`` (name to path), in fp32.
+
+    fp32, because there Jacobi and AR decoding give the same tokens without exception.
+    """
+    rows = []
+    for name, path in models.items():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        wrap = functools.partial(progress, name=name)
+        rows += compare(model, tokenizer, questions, name, block_size, max_new_tokens, rounds, wrap)
+    return rows
 
 
 def _device_name(device: torch.device) -> str:

@@ -87,8 +87,10 @@ def doctor() -> None:
     for name, reason in backends.available().items():
         table.add_row(f"backend {name}", "available" if reason is None else f"not available: {reason}")
     table.add_row("auto on this CPU", backends.resolve("auto", torch.device("cpu")))
-    for key, value in backends.build_info().items():
-        table.add_row(f"build {key}", str(value))
+    if backends.EXTENSION is not None:
+        table.add_row("CPU instruction set", backends.EXTENSION.cpu_isa())
+        for key, value in backends.EXTENSION.build_info().items():
+            table.add_row(f"build {key}", str(value))
     table.add_row("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     table.add_row("transformers", transformers.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}")

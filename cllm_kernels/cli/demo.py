@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..comparison import compare
+from ..comparison import compare_models
 from ..decoding import JacobiConfig
 from ..integrations.generate import JacobiGenerator
 from ..spider import prompt_for, read_questions
@@ -52,30 +53,22 @@ def run(
     quiet: bool,
 ) -> list[dict]:
     """Runs the demo and returns the table's rows."""
-    loaded = {}
-    for name in ("target", "cllm"):
-        path = models / f"spider-{name}"
+    paths = {name: models / f"spider-{name}" for name in ("target", "cllm")}
+    for path in paths.values():
         if not path.is_dir():
             raise FileNotFoundError(f"no model at {path}; --models names the folder that holds spider-target and spider-cllm")
-        # fp32, in which Jacobi and AR decoding give the same tokens without exception
-        loaded[name] = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(models / "spider-cllm")
-    questions = read_questions(prompts or models / "spider-cllm" / "held_out_sample.jsonl")[:limit]
+    questions = read_questions(prompts or paths["cllm"] / "held_out_sample.jsonl")[:limit]
 
     if not quiet:
+        model = AutoModelForCausalLM.from_pretrained(paths["cllm"], dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(paths["cllm"])
         for row in questions[:SHOWN]:
-            _show(console, loaded["cllm"], tokenizer, row, block_size)
-    rows = []
-    for name, model in loaded.items():
-        rows += compare(
-            model,
-            tokenizer,
-            questions,
-            name,
-            block_size,
-            rounds=rounds,
-            progress=lambda items, name=name: track(items, f"measuring {name}", console=console, disable=quiet),
-        )
+            _show(console, model, tokenizer, row, block_size)
+
+    def progress(items: list, name: str) -> Iterable:
+        return track(items, f"measuring {name}", console=console, disable=quiet)
+
+    rows = compare_models(paths, questions, block_size, rounds=rounds, progress=progress)
     console.print(_table(rows))
     return rows
 

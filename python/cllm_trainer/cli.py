@@ -10,12 +10,12 @@ import torch
 import typer
 
 from cllm_kernels import JacobiConfig
+from cllm_kernels.comparison import compare_models
 from cllm_kernels.spider import prompt_for, read_questions
 
 from . import spider as _spider
 from .collect import collect as _collect
-from .collect import load_model, prompts_of
-from .evaluate import evaluate as _evaluate
+from .collect import load_model, prompts_of, tqdm_of
 from .packing import read_rows
 from .train import TrainConfig
 from .train import train as _train
@@ -86,7 +86,8 @@ def evaluate(
     rounds: Annotated[int, typer.Option(min=1)] = 1,
 ) -> None:
     """Compares a target and its CLLM: exact match, tokens per forward, speed over AR."""
-    rows = _evaluate({"target": target, "cllm": cllm}, read_questions(questions), block_size, max_new_tokens, rounds)
+    models = {"target": target, "cllm": cllm}
+    rows = compare_models(models, read_questions(questions), block_size, max_new_tokens, rounds, tqdm_of)
     output.write_text(json.dumps(rows, indent=1) + "\n")
 
 

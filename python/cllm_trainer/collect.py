@@ -85,6 +85,11 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
     return tokenizer(texts, return_token_type_ids=False)["input_ids"]
 
 
+def tqdm_of(items: list, name: str) -> tqdm:
+    """A progress bar over prompts, for :func:`cllm_kernels.comparison.compare_models`."""
+    return tqdm(items, desc=f"evaluate {name}", unit="prompt")
+
+
 def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal LM and its tokenizer."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)

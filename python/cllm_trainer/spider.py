@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from cllm_kernels import JacobiConfig
+from cllm_kernels.comparison import compare_models
 from cllm_kernels.spider import canonical_sql, prompt_for, read_questions
 
-from .collect import collect, load_model, prompts_of
-from .evaluate import evaluate
+from .collect import collect, load_model, prompts_of, tqdm_of
 from .packing import initial_states, read_rows
 from .train import TrainConfig, train
 
@@ -260,7 +260,7 @@ def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
     seen = {(row["db_id"], canonical_sql(row["query"])) for row in training}
     kinds = [(row["db_id"], canonical_sql(row["query"])) in seen for row in held_out]
     paths = {name: models / f"spider-{name}" for name in ("target", "cllm")}
-    rows = evaluate(paths, held_out, BLOCK_SIZE, MAX_NEW_TOKENS)
+    rows = compare_models(paths, held_out, BLOCK_SIZE, MAX_NEW_TOKENS, progress=tqdm_of)
     for row in rows:
         correct = row.pop("correct")
         for key, wanted in (("exact_match_seen_query", True), ("exact_match_new_query", False)):
