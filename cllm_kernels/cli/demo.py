@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -103,11 +104,15 @@ def _table(rows: list[dict]) -> Table:
     first = rows[0]
     table = Table(
         title=f"{first['prompts']} questions, fp32, {first['threads']} threads, batch 1; "
-        "speed-up over Hugging Face generate on the same model"
+        "speed-up over Hugging Face generate on the same model",
+        box=box.SIMPLE,  # with these, narrow enough for 80 columns
+        pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("model")
-    for heading in ("method", "n", "tokens/forward", "tokens/s", "speed-up", "equal to AR", "exact match", "degenerate"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for heading in ("model", "method"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("n", "tokens/\nforward", "tokens\n/s", "speed-\nup", "equal\nto AR", "exact\nmatch", "degene-\nrate"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["model"],

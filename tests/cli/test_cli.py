@@ -25,7 +25,7 @@ def test_demo_writes_its_rows(tmp_path):
     path = tmp_path / "rows.json"
     result = run("demo", "--models", MODELS, "--limit", 3, "--quiet", "--json", path, "--block-size", 8)
     assert result.exit_code == 0, result.output
-    assert "speed-up" in result.output and "AR  " not in result.output
+    assert "speed-up" in result.output and "Jacobi  " not in result.output
     rows = json.loads(path.read_text())
     assert [(row["model"], row["method"]) for row in rows] == [
         (model, method) for model in ("target", "cllm") for method in ("hf_ar", "jacobi_window", "jacobi_block")
