@@ -100,6 +100,11 @@ def compare(
     return [_row(method, methods[0], questions, tokenizer, model, name, rounds) for method in methods]
 
 
+def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal LM and its tokenizer, in fp32, where Jacobi and AR decoding give the same tokens without exception."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)
+
+
 def compare_models(
     models: dict[str, str | Path],
     questions: list[dict],
@@ -108,14 +113,10 @@ def compare_models(
     rounds: int = 1,
     progress: Callable[[Iterable, str], Iterable] = lambda items, name: items,
 ) -> list[dict]:
-    """The rows of :func:`compare` for each checkpoint of ``models`` (name to path), in fp32.
-
-    fp32, because there Jacobi and AR decoding give the same tokens without exception.
-    """
+    """The rows of :func:`compare` for each checkpoint of ``models`` (name to path), in fp32."""
     rows = []
     for name, path in models.items():
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, tokenizer = load_model(path)
         wrap = functools.partial(progress, name=name)
         rows += compare(model, tokenizer, questions, name, block_size, max_new_tokens, rounds, wrap)
     return rows

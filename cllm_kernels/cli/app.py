@@ -11,6 +11,7 @@ import torch
 import transformers
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,7 +99,7 @@ def doctor() -> None:
 
 
 def _fail(error: Exception) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+    Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
     raise typer.Exit(1)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from ..comparison import compare_models
+from ..comparison import compare_models, load_model
 from ..decoding import JacobiConfig
 from ..integrations.generate import JacobiGenerator
 from ..spider import prompt_for, read_questions
@@ -61,8 +62,7 @@ def run(
     questions = read_questions(prompts or paths["cllm"] / "held_out_sample.jsonl")[:limit]
 
     if not quiet:
-        model = AutoModelForCausalLM.from_pretrained(paths["cllm"], dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(paths["cllm"])
+        model, tokenizer = load_model(paths["cllm"])
         for row in questions[:SHOWN]:
             _show(console, model, tokenizer, row, block_size)
 
@@ -78,7 +78,7 @@ def _show(
     console: Console, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, row: dict, block_size: int
 ) -> None:
     inputs = tokenizer(prompt_for(row), return_tensors="pt", return_token_type_ids=False)
-    console.print(f"\n[bold]{row['db_id']}[/bold]: {row['question']}", highlight=False)
+    console.print(f"\n[bold]{escape(row['db_id'])}[/bold]: {escape(row['question'])}", highlight=False)
     console.print("AR       ", end="")
     reference = model.generate(
         **inputs, do_sample=False, max_new_tokens=256, streamer=_TokenPrinter(console, tokenizer)

@@ -358,11 +358,11 @@ def _decode(
     bounds[1] = pads
     state = JacobiState.create(
         prompt=input_ids,
-        starts=bounds[1],
-        limits=torch.full((rows,), max_new_tokens, dtype=torch.int32, device=device),
+        starts=pads,
+        limits=max_new_tokens,
         block_size=config.block_size,
         eos=eos,
-        seeds=torch.arange(rows, device=device) * 2**32 + config.seed,
+        seeds=torch.arange(rows) * 2**32 + config.seed,
         refill=config.draft,
     )
     bounds[0] = state.lengths

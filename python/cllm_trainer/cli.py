@@ -10,12 +10,12 @@ import torch
 import typer
 
 from cllm_kernels import JacobiConfig
-from cllm_kernels.comparison import compare_models
+from cllm_kernels.comparison import compare_models, load_model
 from cllm_kernels.spider import prompt_for, read_questions
 
 from . import spider as _spider
 from .collect import collect as _collect
-from .collect import load_model, prompts_of, tqdm_of
+from .collect import prompts_of, tqdm_of
 from .packing import read_rows
 from .train import TrainConfig
 from .train import train as _train

@@ -6,9 +6,8 @@ import json
 import os
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
 
@@ -88,8 +87,3 @@ def prompts_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[lis
 def tqdm_of(items: list, name: str) -> tqdm:
     """A progress bar over prompts, for :func:`cllm_kernels.comparison.compare_models`."""
     return tqdm(items, desc=f"evaluate {name}", unit="prompt")
-
-
-def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)

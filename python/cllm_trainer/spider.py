@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from cllm_kernels import JacobiConfig
-from cllm_kernels.comparison import compare_models
+from cllm_kernels.comparison import compare_models, load_model
 from cllm_kernels.spider import canonical_sql, prompt_for, read_questions
 
-from .collect import collect, load_model, prompts_of, tqdm_of
+from .collect import collect, prompts_of, tqdm_of
 from .packing import initial_states, read_rows
 from .train import TrainConfig, train
 

@@ -80,3 +80,10 @@ def test_doctor_lists_every_backend():
     assert result.exit_code == 0
     for word in ("cpp", "torch", "triton", "cuda", "not in this build", "avx2"):
         assert word in result.output
+
+
+def test_errors_keep_their_brackets(monkeypatch):
+    """Brackets in a message are text, not markup of the console."""
+    monkeypatch.setattr("cllm_kernels.cli.demo.run", lambda *args: (_ for _ in ()).throw(ValueError("must be [red] here")))
+    result = run("demo")
+    assert result.exit_code == 1 and "must be [red] here" in result.output

@@ -8,13 +8,14 @@ import pytest
 import torch
 from cllm_trainer import spider
 from cllm_trainer.cli import app
-from cllm_trainer.collect import collect, load_model, prompts_of
+from cllm_trainer.collect import collect, prompts_of
 from cllm_trainer.packing import read_rows
 from cllm_trainer.train import TrainConfig, train
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from typer.testing import CliRunner
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels.comparison import load_model
 from cllm_kernels.spider import prompt_for
 
 SCHEMA = {
