@@ -26,7 +26,7 @@ def append_kv_(
     and on the CPU when a row has L < 0 or L + n > S. On other devices rows are not checked, because that
     would make the host wait for them.
     """
-    _OP(key_cache, value_cache, key, value, lengths, backend)
+    _call(key_cache, value_cache, key, value, lengths, backend)
 
 
 def _check(key_cache, value_cache, key, value, lengths) -> None:
@@ -90,11 +90,9 @@ def _fake(key_cache, value_cache, key, value, lengths, backend="auto") -> None:
     _check(key_cache, value_cache, key, value, lengths)
 
 
-register(
+_call = register(
     "append_kv_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor lengths, "
     'str backend="auto") -> ()',
     _implementation,
     _fake,
 )
-# The overload itself: finding it again costs a microsecond a call.
-_OP = torch.ops.cllm_kernels.append_kv_.default

@@ -69,7 +69,7 @@ def block_attention(
     The online softmax and the split along the cache follow FlashAttention (Dao et al., 2022,
     arXiv:2205.14135) and Flash-Decoding (Dao et al., 2023).
     """
-    return _OP(
+    return _call(
         query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, backend
     )
 
@@ -211,12 +211,10 @@ def _fake(
     return out, query.new_empty(batch, heads, width, dtype=torch.float32)
 
 
-register(
+_call = register(
     "block_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor starts, "
     "float? scale=None, int sliding_window=0, float softcap=0.0, Tensor? sinks=None, "
     'str backend="auto") -> (Tensor, Tensor)',
     _implementation,
     _fake,
 )
-# The overload itself: finding it again costs a microsecond a call.
-_OP = torch.ops.cllm_kernels.block_attention.default

@@ -59,7 +59,7 @@ def converge_(
     stationary tokens (section 4.3) the fields paper_* hold: they look at predictions where `stationary`
     looks at drafts.
     """
-    torch.ops.cllm_kernels.converge_(logits, *state.tensors(), mode, refill, backend)
+    _call(logits, *state.tensors(), mode, refill, backend)
 
 
 def _check(logits: torch.Tensor, tensors: tuple[torch.Tensor, ...], mode: str, refill: str) -> None:
@@ -227,4 +227,4 @@ def _schema() -> str:
     return f"converge_(Tensor logits, {tensors}, {options}) -> ()"
 
 
-register(_schema(), _implementation, _fake)
+_call = register(_schema(), _implementation, _fake)

@@ -100,6 +100,17 @@ CLLM_INLINE void add_values(const float* weights, int64_t weight_stride, const f
     for (int v = 0; v < parts; ++v) store(output + r * output_stride + v * native, sum[r][v]);
 }
 
+// Values of one key to [16 values][key][16], with zeros behind the last. 16 values of many keys then lie side by side;
+// where they were, a stride of a power of two would make them compete for a few sets of the L1 cache.
+template <class T>
+CLLM_INLINE void pack_values(const T* from, float* to, int64_t keys, int64_t value_dim) {
+  int64_t d = 0;
+  for (; d + lanes <= value_dim; d += lanes)
+    for (int v = 0; v < parts; ++v) store(to + d * keys + v * native, load(from + d + v * native));
+  if (d < value_dim)
+    for (int64_t i = 0; i < lanes; ++i) to[d * keys + i] = d + i < value_dim ? widen(from[d + i]) : 0;
+}
+
 // Calls `body<R>` with R equal to the run-time `count`, 1 <= count <= block_rows.
 template <int R, class Body>
 CLLM_INLINE void with_block(int64_t count, const Body& body) {
@@ -217,6 +228,8 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   const T* value_rows = static_cast<const T*>(p.value_cache.data) + task.row * p.value_cache.strides[0] +
                         task.head * p.value_cache.strides[1];
   const float one = 1;
+  const bool in_place = std::is_same<T, float>::value && p.value_dim % lanes == 0 && rows <= block_rows;
+  const int64_t column = in_place ? 1 : at.keys;  // from one value to the next, times 16
 
   for (int64_t tile = task.key_begin; tile < task.key_end; tile += at.keys) {
     const int64_t tile_end = minimum(tile + at.keys, task.key_end);
@@ -232,17 +245,15 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       keys = scratch + at.key;
       key_stride = p.dim;
     }
-    if (std::is_same<T, float>::value && p.value_dim % lanes == 0) {
+    if (in_place) {
       values = reinterpret_cast<const float*>(value_rows + tile * p.value_cache.strides[2]);
       value_stride = p.value_cache.strides[2];
     } else {
-      for (int64_t key = tile; key < tile_end; ++key) {
-        float* to = scratch + at.value + (key - tile) * value_dim;
-        widen_row(value_rows + key * p.value_cache.strides[2], to, p.value_dim);
-        for (int64_t d = p.value_dim; d < value_dim; ++d) to[d] = 0;
-      }
+      for (int64_t key = tile; key < tile_end; ++key)
+        pack_values(value_rows + key * p.value_cache.strides[2], scratch + at.value + (key - tile) * lanes, at.keys,
+                    p.value_dim);
       values = scratch + at.value;
-      value_stride = value_dim;
+      value_stride = lanes;
     }
 
     // Positions do not decrease along the rows, so that the first and the last row bound what 16 rows see.
@@ -278,18 +289,18 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         // does not remove a NaN.
         const int64_t begin = minimum(tile_end, maximum(tile, lowest[last]));
         const int64_t end = maximum(begin, minimum(tile_end, highest[row] + 1));
+        const auto at_key = [&](int64_t key) { return values + (key - tile) * value_stride + d * column; };
         with_block<block_rows>(count, [&](auto size) {
-          add_values<decltype(size)::value>(scores + (begin - tile) * padded + row, padded,
-                                            values + (begin - tile) * value_stride + d, value_stride, end - begin,
-                                            output + row * value_dim + d, value_dim, correction + row);
+          add_values<decltype(size)::value>(scores + (begin - tile) * padded + row, padded, at_key(begin), value_stride,
+                                            end - begin, output + row * value_dim + d, value_dim, correction + row);
         });
         if (lowest[row] >= begin && highest[last] < end) continue;
         for (int64_t i = row; i <= last; ++i) {
           const int64_t from = maximum(tile, lowest[i]), to = minimum(tile_end, highest[i] + 1);
           const auto add = [&](int64_t first, int64_t behind) {
             if (first < behind)
-              add_values<1>(scores + (first - tile) * padded + i, padded, values + (first - tile) * value_stride + d,
-                            value_stride, behind - first, output + i * value_dim + d, value_dim, &one);
+              add_values<1>(scores + (first - tile) * padded + i, padded, at_key(first), value_stride, behind - first,
+                            output + i * value_dim + d, value_dim, &one);
           };
           add(from, minimum(begin, to));
           add(maximum(end, from), to);

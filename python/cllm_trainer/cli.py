@@ -57,7 +57,10 @@ def train(
     batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
     learning_rate: float = _DEFAULT.learning_rate,
     noisy_blocks: Annotated[int, typer.Option(min=0)] = _DEFAULT.noisy_blocks,
+    augment: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.augment,
+    on_policy: bool = _DEFAULT.on_policy,
     consistency_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.consistency_weight,
+    distance_decay: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.distance_decay,
     ar_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.ar_weight,
     seed: int = _DEFAULT.seed,
 ) -> None:
@@ -68,7 +71,10 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         noisy_blocks=noisy_blocks,
+        augment=augment,
+        on_policy=on_policy,
         consistency_weight=consistency_weight,
+        distance_decay=distance_decay,
         ar_weight=ar_weight,
         seed=seed,
     )

@@ -22,26 +22,35 @@ IGNORE = -100  # the label that torch's cross entropy skips
 
 
 class TrajectoryDataset(Dataset):
-    """Rows with ``noisy_blocks`` states drawn anew for every visit.
-
-    Half of the states drawn are augmented as the paper does it: some of their drafts are set right. Each such
-    state draws its own share of drafts to set right, so that the model meets every degree of noise.
+    """Rows with ``noisy_blocks`` states each, for :func:`collate`.
 
     Args:
         rows: training rows as the module describes them.
         noisy_blocks: how many states to pack behind each clean sequence; fewer where a row has fewer.
+        augment: share of the visits to a state that set some of its drafts right, as the paper does, each a
+            share of its own, so that the model meets every degree of noise.
+        on_policy: False draws states anew for every visit. True draws them once, and :meth:`advance` moves
+            them on: training goes over the trajectories of the model as it now is, kept on the rows' outputs.
         seed: of the draws.
     """
 
-    def __init__(self, rows: list[dict], noisy_blocks: int = 0, seed: int = 0):
+    def __init__(
+        self, rows: list[dict], noisy_blocks: int = 0, augment: float = 0.5, on_policy: bool = False, seed: int = 0
+    ):
         self.rows = rows
         self.noisy_blocks = noisy_blocks
+        self.augment = augment
         self._random = random.Random(seed)
+        self._live = [self._draw(row) for row in rows] if on_policy else None
 
-    def _augment(self, state: tuple[int, list[int]], output: list[int]) -> tuple[int, list[int]]:
-        if self._random.random() < 0.5:
-            return state
-        start, drafts = state
+    def _draw(self, row: dict) -> list[tuple[int, list[int]]]:
+        # a draft behind which no token of the output stands predicts nothing
+        states = [state for state in row.get("states", []) if state[0] < len(row["output_ids"]) - 1]
+        return self._random.sample(states, min(self.noisy_blocks, len(states)))
+
+    def _set_right(self, start: int, drafts: list[int], output: list[int]) -> tuple[int, list[int]]:
+        if self._random.random() >= self.augment:
+            return start, drafts
         share = self._random.random()
         right = output[start : start + len(drafts)]
         corrected = [new if self._random.random() < share else old for old, new in zip(drafts, right, strict=False)]
@@ -52,13 +61,52 @@ class TrajectoryDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
-        states = row.get("states", [])
-        drawn = self._random.sample(states, min(self.noisy_blocks, len(states)))
+        states = self._live[index] if self._live is not None else self._draw(row)
         return {
+            "index": index,
             "input_ids": row["prompt_ids"] + row["output_ids"],
             "prompt_length": len(row["prompt_ids"]),
-            "states": [self._augment(state, row["output_ids"]) for state in drawn],
+            "states": [self._set_right(*state, row["output_ids"]) for state in states],
         }
+
+    def advance(self, blocks: list[tuple[int, int, int, list[int]]], predictions: list[int]) -> None:
+        """Moves on-policy states on by one Jacobi iteration; does nothing without ``on_policy``.
+
+        A state that reaches the end of its output starts again at its beginning.
+
+        Args:
+            blocks: as :func:`collate` packed them.
+            predictions: the model's, for the drafts of all blocks in turn.
+        """
+        if self._live is None:
+            return
+        first = 0
+        for index, slot, start, drafts in blocks:
+            row = self.rows[index]
+            predicted = predictions[first : first + len(drafts)]
+            first += len(drafts)
+            window = len(self._live[index][slot][1])
+            self._live[index][slot] = next_state(row, start, drafts, predicted, window, self._random)
+
+
+def next_state(
+    row: dict, start: int, drafts: list[int], predicted: list[int], window: int, rng: random.Random
+) -> tuple[int, list[int]]:
+    """The state that follows on the way to ``row``'s output, with ``window`` drafts.
+
+    ``predicted[i]`` is what a model predicts behind ``drafts[i]``. One token more than the right drafts is
+    committed, from the output and not from the prediction, so that the state stays on the row's trajectory. New drafts
+    are drawn from the prompt.
+    """
+    output = row["output_ids"]
+    right = 0
+    while right < len(drafts) and drafts[right] == output[start + right]:
+        right += 1
+    start += right + 1
+    if start >= len(output) - 1:
+        start, predicted, right = 0, [], 0
+    kept = predicted[right:]
+    return start, kept + rng.choices(row["prompt_ids"], k=window - len(kept))
 
 
 def initial_states(row: dict, block_size: int, rng: random.Random) -> list[tuple[int, list[int]]]:
@@ -78,18 +126,22 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     Returns:
         ``input_ids``, ``position_ids``, ``labels`` int64 ``[B, T]`` (labels on the clean output only, already
         shifted: ``labels[t]`` is the token that position ``t`` predicts), and, where there is any noisy block,
-        ``attention_mask`` bool ``[B, 1, T, T]`` and ``student``, ``teacher`` int64 ``[M]``: indices into the
-        flattened ``B * T`` positions whose predictions shall agree.
+        ``attention_mask`` bool ``[B, 1, T, T]``, ``student`` and ``teacher`` int64 ``[M]``: indices into the
+        flattened ``B * T`` positions whose predictions shall agree, ``distance`` int64 ``[M]``: 1 at the first wrong
+        draft of a block, one more at each draft behind it, 0 before it (where the student sees what the teacher
+        sees), and ``blocks``, a list with the row's index, the number of the state, ``start`` and the drafts of
+        each block, in the order of ``student``.
     """
-    layouts = []
+    layouts, packed = [], []
     for feature in features:
         clean, prompt = feature["input_ids"], feature["prompt_length"]
         blocks = []
-        for start, drafts in feature["states"]:
+        for slot, (start, drafts) in enumerate(feature["states"]):
             first = prompt + start
             drafts = drafts[: max(0, len(clean) - 1 - first)]
             if drafts:
                 blocks.append((first, drafts))
+                packed.append((feature["index"], slot, start, drafts))
         layouts.append((clean, prompt, blocks))
     width = max(len(clean) + sum(len(drafts) for _, drafts in blocks) for clean, _, blocks in layouts)
     shape = (len(layouts), width)
@@ -102,7 +154,7 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
         # Each position sees itself, padding too: a row of the mask without any true value makes NaN.
         mask = torch.eye(width, dtype=torch.bool).repeat(len(layouts), 1, 1)
         causal = torch.ones(width, width, dtype=torch.bool).tril()
-        student, teacher = [], []
+        student, teacher, distance = [], [], []
     for row, (clean, prompt, blocks) in enumerate(layouts):
         end = len(clean)
         input_ids[row, :end] = torch.tensor(clean)
@@ -119,9 +171,17 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
             mask[row, here, here] = causal[:size, :size]
             student.append(torch.arange(end, end + size) + row * width)
             teacher.append(torch.arange(first, first + size) + row * width)
+            wrong = (torch.tensor(drafts) != torch.tensor(clean[first : first + size])).int()
+            distance.append(wrong.cummax(0).values.cumsum(0))
             end += size
     if noisy:
-        batch |= {"attention_mask": mask[:, None], "student": torch.cat(student), "teacher": torch.cat(teacher)}
+        batch |= {
+            "attention_mask": mask[:, None],
+            "student": torch.cat(student),
+            "teacher": torch.cat(teacher),
+            "distance": torch.cat(distance),
+            "blocks": packed,
+        }
     return batch
 
 

@@ -33,8 +33,9 @@ TARGET_CONFIG = TrainConfig(
     epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
 )
 CLLM_CONFIG = TrainConfig(
-    epochs=10, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=2
-)
+    epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
+    on_policy=True, distance_decay=0.8,
+)  # fmt: skip
 
 
 def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import platform
+import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from .packing import IGNORE, TrajectoryDataset, additive_mask, collate
@@ -25,8 +29,13 @@ class TrainConfig:
         epochs, batch_size, learning_rate, weight_decay, warmup_steps, seed: as in transformers'
             ``TrainingArguments``; AdamW, cosine schedule.
         noisy_blocks: Jacobi states packed behind each clean sequence.
+        augment: share of the states that get some drafts set right.
+        on_policy: whether the states move on with the model that is trained, one Jacobi iteration a visit
+            (:meth:`cllm_trainer.packing.TrajectoryDataset.advance`), rather than stay those of the rows.
         consistency_weight: of the global consistency loss (CLLM, eq. 4): forward KL from the model's own
             clean prediction, gradient stopped, to its prediction from the noisy block.
+        distance_decay: how much less each further draft behind the first wrong one weighs in the consistency loss
+            (:func:`losses`); 1 weighs all alike, as the paper does.
         ar_weight: of the cross entropy on the clean output. The paper takes 10 for models of 7B; 1 is what
             suits models of a few million parameters.
         save_dtype: storage type of the saved weights.
@@ -38,49 +47,100 @@ class TrainConfig:
     weight_decay: float = 0.01
     warmup_steps: int = 100
     noisy_blocks: int = 4
+    augment: float = 0.5
+    on_policy: bool = False
     consistency_weight: float = 1.0
+    distance_decay: float = 1.0
     ar_weight: float = 1.0
     seed: int = 0
     save_dtype: str = "bfloat16"
 
 
 def losses(
-    logits: torch.Tensor, labels: torch.Tensor, student: torch.Tensor | None = None, teacher: torch.Tensor | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    student: torch.Tensor | None = None,
+    teacher: torch.Tensor | None = None,
+    distance: torch.Tensor | None = None,
+    decay: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The autoregressive and the global consistency loss of one packed batch.
 
     Args:
         logits: ``[B, T, V]``.
-        labels, student, teacher: as :func:`cllm_trainer.packing.collate` makes them.
+        labels, student, teacher, distance: as :func:`cllm_trainer.packing.collate` makes them.
+        decay: a pair at distance ``d >= 1`` has the weight ``decay ** (d - 1)``. Pairs at distance 0 agree by
+            themselves and have none.
 
     Returns:
-        Mean cross entropy over the labelled positions and mean KL over the pairs (nats; 0 without pairs).
+        Mean cross entropy over the labelled positions and weighted mean of the KL over the pairs (nats; 0 without
+        pairs).
     """
     flat = logits.flatten(0, 1).float()
     ar = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORE)
     if student is None:
         return ar, ar.new_zeros(())
-    target = flat[teacher].detach().log_softmax(-1)
-    consistency = F.kl_div(flat[student].log_softmax(-1), target, log_target=True, reduction="batchmean")
-    return ar, consistency
+    apart = distance > 0
+    weights = decay ** (distance[apart] - 1).float()
+    target = flat[teacher[apart]].detach().log_softmax(-1)
+    divergence = F.kl_div(flat[student[apart]].log_softmax(-1), target, log_target=True, reduction="none").sum(-1)
+    return ar, (weights * divergence).sum() / weights.sum().clamp(min=1)
+
+
+class LengthGroups(Sampler[int]):
+    """Indices in an order whose batches hold items of about one length, and come in no order of length.
+
+    transformers' ``group_by_length`` lets batches of falling length follow each other, many in a row, which made
+    the losses swing with the length.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0):
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self._random = random.Random(seed)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = self._random.sample(range(len(self)), len(self))
+        group = 32 * self.batch_size
+        batches = []
+        for first in range(0, len(order), group):
+            members = sorted(order[first : first + group], key=self.lengths.__getitem__)
+            batches += [members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)]
+        short = batches.pop()  # the one that may be short of items stays last
+        self._random.shuffle(batches)
+        return itertools.chain(*batches, short)
 
 
 class ConsistencyTrainer(Trainer):
     """transformers' Trainer with the two losses of a CLLM; both are logged beside their sum."""
 
-    def __init__(self, *args, consistency_weight: float, ar_weight: float, **kwargs):
+    def __init__(self, *args, consistency_weight: float, ar_weight: float, distance_decay: float, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean per batch
         self._weights = (ar_weight, consistency_weight)
+        self._decay = distance_decay
         self._parts: list[torch.Tensor] = []
 
+    def _get_train_sampler(self, train_dataset=None):
+        rows = self.train_dataset.rows
+        lengths = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in rows]
+        return LengthGroups(lengths, self.args.per_device_train_batch_size, self.args.seed)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        pairs = {key: inputs.pop(key, None) for key in ("labels", "student", "teacher")}
+        pairs = {key: inputs.pop(key, None) for key in ("labels", "student", "teacher", "distance")}
+        blocks = inputs.pop("blocks", None)
         if "attention_mask" in inputs:
             inputs["attention_mask"] = additive_mask(inputs["attention_mask"], self.model.dtype)
         outputs = model(**inputs, use_cache=False)
-        parts = torch.stack(losses(outputs.logits, **pairs))
+        parts = torch.stack(losses(outputs.logits, **pairs, decay=self._decay))
         self._parts.append(parts.detach())
+        if blocks:
+            with torch.no_grad():
+                predictions = outputs.logits.flatten(0, 1)[pairs["student"]].argmax(-1)
+            self.train_dataset.advance(blocks, predictions.tolist())
         loss = self._weights[0] * parts[0] + self._weights[1] * parts[1]
         return (loss, outputs) if return_outputs else loss
 
@@ -125,7 +185,6 @@ def train(
         lr_scheduler_type="cosine",
         adam_beta2=0.98,
         seed=config.seed,
-        train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         save_strategy="no",
         logging_steps=10,
@@ -135,10 +194,11 @@ def train(
     trainer = ConsistencyTrainer(
         model=model,
         args=arguments,
-        train_dataset=TrajectoryDataset(rows, config.noisy_blocks, config.seed),
+        train_dataset=TrajectoryDataset(rows, config.noisy_blocks, config.augment, config.on_policy, config.seed),
         data_collator=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),
         consistency_weight=config.consistency_weight,
         ar_weight=config.ar_weight,
+        distance_decay=config.distance_decay,
     )
     begin = time.perf_counter()
     trainer.train()

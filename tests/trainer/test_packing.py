@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, read_rows
-from cllm_trainer.train import losses
+from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, next_state, read_rows
+from cllm_trainer.train import LengthGroups, losses
 from helpers import PAD, make_model
+
+from cllm_kernels import JacobiConfig, JacobiGenerator
 
 ROWS = [
     {"prompt_ids": [5, 6, 7], "output_ids": [8, 9, 10, 11, 1], "states": [[0, [20, 21, 22]], [2, [30, 31, 32, 33, 34]]]},
@@ -24,8 +27,9 @@ def draw(blocks=2):
     return [dataset[index] for index in range(len(ROWS))]
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.5])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_packed_forward_equals_separate_forwards(attention):
+def test_packed_forward_equals_separate_forwards(attention, decay):
     model = make_model()
     features = draw()
     batch = collate(features, PAD)
@@ -36,7 +40,7 @@ def test_packed_forward_equals_separate_forwards(attention):
         logits = model(**inputs).logits
     flat = logits.flatten(0, 1)
     noisy = []
-    consistency, count, entropy, labels = 0.0, 0, 0.0, 0
+    consistency, weights, count, entropy, labels = 0.0, 0.0, 0, 0.0, 0
     for index, (row, feature) in enumerate(zip(ROWS, features, strict=True)):
         tokens = row["prompt_ids"] + row["output_ids"]
         with torch.no_grad():
@@ -54,13 +58,22 @@ def test_packed_forward_equals_separate_forwards(attention):
                 block = model(torch.tensor([tokens[:first] + drafts])).logits[0, first:]
             noisy.append(block)
             target = alone[first : first + len(drafts)].log_softmax(-1)
-            consistency += (target.exp() * (target - block.log_softmax(-1))).sum()
+            divergence = (target.exp() * (target - block.log_softmax(-1))).sum(-1)
+            wrong = [draft != token for draft, token in zip(drafts, tokens[first:], strict=False)]
+            distance = 0
+            for index_, value in enumerate(divergence):
+                distance += bool(distance) or wrong[index_]
+                if distance:
+                    consistency += decay ** (distance - 1) * value
+                    weights += decay ** (distance - 1)
+                else:
+                    assert abs(value) < 1e-5
             count += len(drafts)
     assert len(batch["student"]) == len(batch["teacher"]) == count == 3 + 2 + 2
     torch.testing.assert_close(flat[batch["student"]], torch.cat(noisy), rtol=1e-4, atol=1e-5)
-    ar, kl = losses(logits, batch["labels"], batch["student"], batch["teacher"])
+    ar, kl = losses(logits, *(batch[key] for key in ("labels", "student", "teacher", "distance")), decay)
     torch.testing.assert_close(ar, entropy / labels, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(kl, consistency / count, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(kl, consistency / weights, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_are_the_output_alone():
@@ -74,10 +87,84 @@ def test_no_gradient_through_the_teacher():
     logits = torch.randn(1, 4, 7, requires_grad=True)
     labels = torch.full((1, 4), IGNORE)
     labels[0, 3] = 2
-    _, consistency = losses(logits, labels, torch.tensor([0]), torch.tensor([1]))
+    _, consistency = losses(logits, labels, torch.tensor([0]), torch.tensor([1]), torch.tensor([1]))
     consistency.backward()
     assert logits.grad[0, 0].abs().sum() > 0
     assert logits.grad[0, 1:].abs().sum() == 0
+
+
+def test_pairs_behind_right_drafts_alone_make_no_loss():
+    labels = torch.full((1, 4), IGNORE)
+    labels[0, 3] = 2
+    _, consistency = losses(torch.randn(1, 4, 7), labels, torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
+    assert consistency == 0
+
+
+def test_next_state_is_that_of_the_decoder():
+    """A model that knows the output but for one token: its states move as JacobiGenerator moves its window."""
+    rng = random.Random(0)
+    row = {"prompt_ids": [5, 6, 7], "output_ids": [10, 11, 12, 13, 14, 15, 16, 17, 1]}
+    # committed: 10. Drafts stand for 11, 12, 13, 14; the second is wrong, so 11 and 12 get committed.
+    start, drafts = next_state(row, 1, [11, 99, 13, 14], [12, 13, 14, 15], 4, rng)
+    assert start == 3
+    assert drafts[:3] == [13, 14, 15] and drafts[3] in row["prompt_ids"]
+    # none right: one token is committed, whatever the model says
+    assert next_state(row, 3, [99, 98], [20, 21], 4, rng)[1][:2] == [20, 21]
+    # all right: all of them and the next; every draft is new
+    start, drafts = next_state(row, 0, [10, 11], [11, 12], 2, rng)
+    assert start == 3 and set(drafts) <= set(row["prompt_ids"])
+    # at the end it starts again
+    start, drafts = next_state(row, 5, [15, 16, 17], [16, 17, 1], 4, rng)
+    assert start == 0 and len(drafts) == 4 and set(drafts) <= set(row["prompt_ids"])
+
+
+def test_on_policy_states_follow_the_decoder():
+    """What training moves on with the decoder's own model are the decoder's windows, but for their new drafts."""
+    model = make_model()
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    generator = JacobiGenerator(model, JacobiConfig(block_size=12))
+    sequence = generator.generate(
+        input_ids=prompt, do_sample=False, max_new_tokens=40, eos_token_id=96, record_trajectory=True
+    )
+    trajectory = [state for state in generator.trajectory[0] if state[0] + 12 < 40]
+    row = {"prompt_ids": prompt[0].tolist(), "output_ids": sequence[0, 4:].tolist(), "states": trajectory[:1]}
+    dataset = TrajectoryDataset([row], noisy_blocks=1, augment=0, on_policy=True)
+    compared, drawn, before = 0, 0, 0
+    for start, drafts in trajectory:
+        drawn += max(0, start - before - 1)  # as many drafts were drawn anew
+        before = start
+        batch = collate([dataset[0]], PAD)
+        ((_, _, now, packed),) = batch["blocks"]
+        assert now == start and packed[: 11 - drawn] == drafts[: 11 - drawn]
+        compared += max(0, 11 - drawn)
+        if drawn >= 11:
+            break
+        inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
+        with torch.no_grad():
+            logits = model(**inputs, attention_mask=additive_mask(batch["attention_mask"], torch.float32)).logits
+        dataset.advance(batch["blocks"], logits.flatten(0, 1)[batch["student"]].argmax(-1).tolist())
+    assert compared > 40
+
+
+def test_states_off_policy_stay():
+    dataset = TrajectoryDataset(ROWS[:1], noisy_blocks=2, augment=0)
+    before = sorted(dataset[0]["states"])
+    batch = collate([dataset[0]], PAD)
+    dataset.advance(batch["blocks"], [0] * len(batch["student"]))
+    assert sorted(dataset[0]["states"]) == before
+
+
+def test_batches_hold_one_length_in_no_order():
+    rng = random.Random(0)
+    lengths = [rng.randrange(20, 200) for _ in range(1003)]
+    order = list(LengthGroups(lengths, 8, seed=1))
+    assert sorted(order) == list(range(1003))
+    batches = [order[at : at + 8] for at in range(0, len(order), 8)]
+    spread = [max(lengths[i] for i in batch) - min(lengths[i] for i in batch) for batch in batches]
+    assert sum(spread) / len(spread) < 15
+    means = [sum(lengths[i] for i in batch) / len(batch) for batch in batches]
+    rising = sum(a < b for a, b in zip(means, means[1:], strict=False))
+    assert 0.35 < rising / len(means) < 0.65
 
 
 def test_without_states_there_is_no_mask_and_no_consistency_loss():
