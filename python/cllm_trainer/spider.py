@@ -278,8 +278,8 @@ def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
 _ABOUT = {
     "target": "Trained from scratch on Spider's training questions and on questions made by templates from the "
     "schemas of the same databases.",
-    "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on the "
-    "target's own Jacobi trajectories, so that Jacobi decoding needs few forwards.",
+    "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on "
+    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards.",
 }
 
 

@@ -187,7 +187,7 @@ def train(
         seed=config.seed,
         remove_unused_columns=False,
         save_strategy="no",
-        logging_steps=10,
+        logging_steps=0.01,  # of all steps
         report_to="none",
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
