@@ -40,8 +40,9 @@ class TrajectoryDataset(Dataset):
         self.rows = rows
         self.noisy_blocks = noisy_blocks
         self.augment = augment
+        self.on_policy = on_policy
         self._random = random.Random(seed)
-        self._live = [self._draw(row) for row in rows] if on_policy else None
+        self._live = [self._draw(row) for row in rows] if on_policy else []
 
     def _draw(self, row: dict) -> list[tuple[int, list[int]]]:
         # a draft behind which no token of the output stands predicts nothing
@@ -61,7 +62,7 @@ class TrajectoryDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         row = self.rows[index]
-        states = self._live[index] if self._live is not None else self._draw(row)
+        states = self._live[index] if self.on_policy else self._draw(row)
         return {
             "index": index,
             "input_ids": row["prompt_ids"] + row["output_ids"],
@@ -78,7 +79,7 @@ class TrajectoryDataset(Dataset):
             blocks: as :func:`collate` packed them.
             predictions: the model's, for the drafts of all blocks in turn.
         """
-        if self._live is None:
+        if not self.on_policy:
             return
         first = 0
         for index, slot, start, drafts in blocks:

@@ -137,7 +137,7 @@ class ConsistencyTrainer(Trainer):
         outputs = model(**inputs, use_cache=False)
         parts = torch.stack(losses(outputs.logits, **pairs, decay=self._decay))
         self._parts.append(parts.detach())
-        if blocks:
+        if blocks and self.train_dataset.on_policy:
             with torch.no_grad():
                 predictions = outputs.logits.flatten(0, 1)[pairs["student"]].argmax(-1)
             self.train_dataset.advance(blocks, predictions.tolist())

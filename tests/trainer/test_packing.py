@@ -61,8 +61,8 @@ def test_packed_forward_equals_separate_forwards(attention, decay):
             divergence = (target.exp() * (target - block.log_softmax(-1))).sum(-1)
             wrong = [draft != token for draft, token in zip(drafts, tokens[first:], strict=False)]
             distance = 0
-            for index_, value in enumerate(divergence):
-                distance += bool(distance) or wrong[index_]
+            for value, off in zip(divergence, wrong, strict=True):
+                distance += bool(distance) or off
                 if distance:
                     consistency += decay ** (distance - 1) * value
                     weights += decay ** (distance - 1)
