@@ -8,6 +8,7 @@ import torch
 
 from .. import backends
 from ._library import (
+    FLOAT_DTYPES,
     check_device,
     check_float,
     check_last_dim,
@@ -74,7 +75,37 @@ def block_attention(
     )
 
 
+def _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks) -> bool:
+    """Whether `_check` would pass, for the arguments of every layer of every forward; False leaves it open."""
+    shape, keys, values = query.shape, key_cache.shape, value_cache.shape
+    if sinks is not None or not len(shape) == len(keys) == len(values) == 4:
+        return False
+    batch, width, heads, dim = shape
+    key_batch, kv_heads, capacity, key_dim = keys
+    dtype, device = query.dtype, query.device
+    return (
+        batch == key_batch == values[0]
+        and kv_heads == values[1]
+        and capacity == values[2]
+        and dim == key_dim
+        and 1 <= width <= capacity
+        and dim >= 1 <= heads
+        and kv_heads >= 1
+        and heads % kv_heads == 0
+        and dtype in FLOAT_DTYPES
+        and dtype == key_cache.dtype == value_cache.dtype
+        and query.stride(3) == key_cache.stride(3) == value_cache.stride(3) == 1
+        and lengths.shape == starts.shape == (batch,)
+        and lengths.dtype == starts.dtype == torch.int32
+        and device == key_cache.device == value_cache.device == lengths.device == starts.device
+        and sliding_window >= 0
+        and 0 <= softcap < math.inf
+    )
+
+
 def _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks) -> None:
+    if _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks):
+        return
     check_rank("query", query, "B, n, Hq, D")
     check_rank("key_cache", key_cache, "B, Hkv, S, D")
     check_rank("value_cache", value_cache, "B, Hkv, S, Dv")
@@ -172,7 +203,8 @@ def _implementation(
     backend="auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks)
-    if backends.resolve(backend, query.device) == "torch":
+    backend = backends.resolve(backend, query.device)
+    if backend == "torch":
         out, lse = reference(
             query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks
         )
@@ -182,6 +214,12 @@ def _implementation(
     lengths, starts = lengths.contiguous(), starts.contiguous()
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
+    if backend == "triton":
+        from ..triton.block_attention import block_attention as run
+
+        check_room(lengths, width, capacity)
+        _check_starts(starts)
+        return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
     out = query.new_empty(batch, width, heads, value_dim)
     lse = query.new_empty(batch, heads, width, dtype=torch.float32)
     backends.EXTENSION.block_attention(

@@ -155,9 +155,9 @@ CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int6
 #pragma GCC unroll 4
   for (int v = 0; v < parts; ++v) {
     store(peak + v * native, new_peak[v]);
-    // A row that has seen nothing yet keeps weights of 0, as exp(-inf - 0).
+    // A row that has seen nothing yet keeps weights of 0, as 2^(-inf - 0).
     shift[v] = new_peak[v] == -INFINITY ? vfloat{} : new_peak[v];
-    const vfloat factor = exp(old_peak[v] - shift[v]);
+    const vfloat factor = exp2(old_peak[v] - shift[v]);
     store(correction + v * native, factor);
     sum[v] = load(total + v * native) * factor;
   }
@@ -165,7 +165,7 @@ CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int6
 #pragma GCC unroll 4
     for (int v = 0; v < parts; ++v) {
       float* here = scores + key * stride + v * native;
-      const vfloat weight = exp(load(here) - shift[v]);
+      const vfloat weight = exp2(load(here) - shift[v]);
       store(here, weight);
       sum[v] += weight;
     }
@@ -180,15 +180,15 @@ CLLM_INLINE void write_row(const AttentionParams& p, const AttentionTask& task, 
   const int64_t token = task.first + row / p.group(), head = task.head * p.group() + row % p.group();
   float factor = 1;
   if (p.sinks) {
-    const float sink = p.sinks[head];
+    const float sink = p.sinks[head] * log2e;
     const float top = peak > sink ? peak : sink;
     if (top != -INFINITY) {
-      factor = expf(peak - top);
-      total = total * factor + expf(sink - top);
+      factor = exp2f(peak - top);
+      total = total * factor + exp2f(sink - top);
       peak = top;
     }
   }
-  p.lse[(task.row * p.heads + head) * p.width + token] = total == 0 ? -INFINITY : peak + logf(total);
+  p.lse[(task.row * p.heads + head) * p.width + token] = total == 0 ? -INFINITY : peak * ln2 + logf(total);
   factor = total == 0 ? 0 : factor / total;
   T* out = static_cast<T*>(p.out) + ((task.row * p.width + token) * p.heads + head) * p.value_dim;
   for (int64_t d = 0; d < p.value_dim; ++d) narrow(output[d] * factor, out + d);
@@ -207,13 +207,16 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   int32_t* lowest = reinterpret_cast<int32_t*>(scratch + at.lowest);
   int32_t* highest = reinterpret_cast<int32_t*>(scratch + at.highest);
 
+  // Scores and their maxima are in base 2: a power of 2 costs less than one of e.
+  const float scale = p.scale * log2e, softcap = p.softcap * log2e;
+
   // Queries, scaled and transposed to [16 rows][d][lane]; lanes beyond the last row repeat it and are not read.
   for (int64_t row = 0; row < padded; ++row) {
     const int64_t real = minimum(row, rows - 1), token = task.first + real / group;
     const T* from = static_cast<const T*>(p.query.data) + task.row * p.query.strides[0] + token * p.query.strides[1] +
                     (task.head * group + real % group) * p.query.strides[2];
     float* to = query + row / lanes * lanes * p.dim + row % lanes;
-    for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * p.scale;
+    for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * scale;
     const int64_t position = p.lengths[task.row] + token;
     const int64_t far = p.sliding_window ? position - p.sliding_window + 1 : 0;
     lowest[row] = static_cast<int32_t>(maximum(p.starts[task.row], far));
@@ -228,7 +231,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   const T* value_rows = static_cast<const T*>(p.value_cache.data) + task.row * p.value_cache.strides[0] +
                         task.head * p.value_cache.strides[1];
   const float one = 1;
-  const bool in_place = std::is_same<T, float>::value && p.value_dim % lanes == 0 && rows <= block_rows;
+  const bool in_place = std::is_same<T, float>::value && p.value_dim % lanes == 0 && (rows <= block_rows || p.value_dim <= 32);
   const int64_t column = in_place ? 1 : at.keys;  // from one value to the next, times 16
 
   for (int64_t tile = task.key_begin; tile < task.key_end; tile += at.keys) {
@@ -278,13 +281,15 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       }
       const bool all = lowest[row + lanes - 1] <= begin && end <= highest[row] + 1;
       softmax_step(scores + (begin - tile) * padded + row, padded, begin, end, all, lowest + row, highest + row,
-                   p.softcap, peak + row, total + row, correction + row);
+                   softcap, peak + row, total + row, correction + row);
     }
 
-    // 16 values of every key stay in the L1 cache for all rows.
+    // 16 values of every key stay in the L1 cache for all rows. Blocks are of about one size: a small one waits for
+    // its own sums.
+    const int64_t blocks = (rows + block_rows - 1) / block_rows;
     for (int64_t d = 0; d < value_dim; d += lanes)
-      for (int64_t row = 0; row < rows; row += block_rows) {
-        const int64_t count = minimum(block_rows, rows - row), last = row + count - 1;
+      for (int64_t block = 0; block < blocks; ++block) {
+        const int64_t row = rows * block / blocks, count = rows * (block + 1) / blocks - row, last = row + count - 1;
         // The keys that all rows of the block see; what only some see follows row by row, because a weight of 0
         // does not remove a NaN.
         const int64_t begin = minimum(tile_end, maximum(tile, lowest[last]));
@@ -328,7 +333,7 @@ void merge(const AttentionParams& p, const AttentionTask& first, int64_t splits)
     float* sum = first.partial + row * at.padded_value_dim;
     for (int64_t i = 0; i < splits; ++i) {
       const float* from = first.partial + i * partial;
-      const float weight = expf(from[size + row] - shift);
+      const float weight = exp2f(from[size + row] - shift);
       total += weight * from[size + at.padded_rows + row];
       const float* add = from + row * at.padded_value_dim;
       for (int64_t d = 0; d < at.padded_value_dim; d += native) {

@@ -145,24 +145,25 @@ CLLM_INLINE void widen_row(const T* from, float* to, int64_t count) {
 
 // --- functions ---
 
-// e^x for x <= 88, 0 below -87.3, NaN for NaN; relative error about 1e-7. Cody-Waite reduction by ln 2 and the
-// polynomial of Cephes' expf (Moshier).
-CLLM_INLINE vfloat exp(vfloat x) {
-  constexpr float magic = 0x1.8p23f;  // adding it rounds to an integer, which is left in the low bits
-  const vfloat shifted = x * 1.44269504088896341f + magic;
-  const vfloat k = shifted - magic;
-  const vfloat r = x - k * 0.693359375f - k * -2.12194440e-4f;
-  vfloat y = splat(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
-  const vint exponent = (reinterpret_cast<vint>(shifted) - 0x4b400000 + 127) << 23;
-  y *= reinterpret_cast<vfloat>(exponent);
-  return x < -87.3f ? vfloat{} : y;
+// 2^x for x < 128, 0 below -126.5, NaN for NaN; relative error about 1e-7. The polynomial is the minimax one of 2^r on
+// [-0.5, 0.5] (Remez), exact at 0.
+CLLM_INLINE vfloat exp2(vfloat x) {
+  // Adding it rounds to an integer, which is left in the low bits with the bias of an exponent.
+  constexpr float magic = 0x1.8p23f + 127;
+  x = max(splat(-127), x);  // whose exponent is that of 0; a NaN stays
+  const vfloat shifted = x + magic;
+  const vfloat r = x - (shifted - magic);
+  vfloat y = splat(1.5345812e-4f);
+  y = y * r + 1.3399931e-3f;
+  y = y * r + 9.6184890e-3f;
+  y = y * r + 5.5503288e-2f;
+  y = y * r + 2.4022647e-1f;
+  y = y * r + 6.9314721e-1f;
+  y = y * r + 1.0f;
+  return y * reinterpret_cast<vfloat>(reinterpret_cast<vint>(shifted) << 23);
 }
+
+constexpr float log2e = 1.44269504088896341f, ln2 = 0.69314718055994531f;
 
 // Cephes' tanhf: an odd polynomial near 0, where 1 - 2 / (e^2x + 1) cancels.
 CLLM_INLINE vfloat tanh(vfloat x) {
@@ -176,7 +177,7 @@ CLLM_INLINE vfloat tanh(vfloat x) {
   near = near * z - 3.33332819422e-1f;
   near = near * z * x + x;
   const vfloat doubled = size + size;
-  const vfloat far = 1.0f - 2.0f / (exp(doubled > 40.0f ? splat(40.0f) : doubled) + 1.0f);
+  const vfloat far = 1.0f - 2.0f / (exp2((doubled > 40.0f ? splat(40.0f) : doubled) * log2e) + 1.0f);
   return size < 0.625f ? near : reinterpret_cast<vfloat>(reinterpret_cast<vint>(far) | sign);
 }
 
