@@ -62,9 +62,13 @@ def train(
     consistency_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.consistency_weight,
     distance_decay: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.distance_decay,
     ar_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.ar_weight,
+    target: Annotated[Path | None, typer.Option(help="Checkpoint that --target-weight holds the model to.")] = None,
+    target_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.target_weight,
     seed: int = _DEFAULT.seed,
 ) -> None:
     """Fine-tunes with the consistency and autoregressive losses."""
+    if (target_weight > 0) != (target is not None):
+        raise typer.BadParameter("--target and --target-weight above 0 go together")
     loaded, tokenizer = load_model(model)
     config = TrainConfig(
         epochs=epochs,
@@ -76,9 +80,11 @@ def train(
         consistency_weight=consistency_weight,
         distance_decay=distance_decay,
         ar_weight=ar_weight,
+        target_weight=target_weight,
         seed=seed,
     )
-    _train(loaded, tokenizer, read_rows(data), output, config, {"data": str(data), "start": str(model)})
+    notes = {"data": str(data), "start": str(model), "target": target and str(target)}
+    _train(loaded, tokenizer, read_rows(data), output, config, notes, target=target and load_model(target)[0])
 
 
 @app.command()

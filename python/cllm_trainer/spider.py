@@ -6,6 +6,7 @@ same databases. No schema is in the prompt: the model has to learn the tables an
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import compare_models, load_model
-from cllm_kernels.spider import canonical_sql, prompt_for, read_questions
+from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, read_questions
 
 from .collect import collect, prompts_of, tqdm_of
 from .packing import initial_states, read_rows
@@ -28,6 +29,7 @@ SYNTHETIC = 3000
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
 TRAJECTORIES = 3000
+CROSSED = 6000
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
 TARGET_CONFIG = TrainConfig(
     epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
@@ -36,6 +38,7 @@ CLLM_CONFIG = TrainConfig(
     epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
     on_policy=True, distance_decay=0.8,
 )  # fmt: skip
+FINISH_CONFIG = dataclasses.replace(CLLM_CONFIG, epochs=4.5, learning_rate=5e-4, target_weight=1.0)
 
 
 def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -47,6 +50,27 @@ def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]
         [row for index, row in enumerate(questions) if index not in held_out],
         [row for index, row in enumerate(questions) if index in held_out],
     )
+
+
+def cross(questions: list[dict], count: int, seed: int = 0) -> list[dict]:
+    """Questions nobody asked: in each, one to four words give way to as many of another on the same database.
+
+    What the right query would be is unknown, and often there is none. A target's own answers to them show how it
+    answers what it has not learned by heart.
+    """
+    rng = random.Random(seed)
+    of_database: dict[str, list[list[str]]] = {}
+    for row in questions:
+        of_database.setdefault(row["db_id"], []).append(row["question"].split())
+    crossed = []
+    for row in rng.choices(questions, k=count):
+        words = row["question"].split()
+        other = rng.choice(of_database[row["db_id"]])
+        size = min(rng.randint(1, 4), len(words), len(other))
+        here, there = rng.randint(0, len(words) - size), rng.randint(0, len(other) - size)
+        words[here : here + size] = other[there : there + size]
+        crossed.append({"db_id": row["db_id"], "question": " ".join(words)})
+    return crossed
 
 
 class _Schema:
@@ -225,26 +249,48 @@ def build_target(data: str | Path, output_dir: str | Path, config: TrainConfig =
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Collects the target's trajectories on some training questions, and trains the CLLM on all of them.
+    """Trains the CLLM in two stages on trajectories of the target; returns the record of the second, with the first's.
 
-    Where a trajectory is there, the autoregressive loss takes the target's own output, as the paper does; the
-    other questions keep their gold query, so that quality does not suffer, and blocks of random drafts. ``work``
-    gets the trajectories. A sample of the held-out questions is written beside the CLLM, for the demo.
+    First, on the training questions. Where a trajectory is there, the autoregressive loss takes the target's own
+    output, as the paper does; the other questions keep their gold query and blocks of random drafts. Then, at a lower
+    learning rate, on the same and on the target's answers to crossed questions, with the KL to the target: what a
+    model says to questions that it knows by heart does not tell how it answers new ones.
+
+    ``work`` gets the trajectories and the model of the first stage. A sample of the held-out questions is written
+    beside the CLLM, for the demo.
     """
     training, held_out, _ = load(data)
     random.Random(0).shuffle(training)
     model, tokenizer = load_model(target)
-    prompts = prompts_of(tokenizer, [prompt_for(row) for row in training[:TRAJECTORIES]])
-    Path(work).mkdir(parents=True, exist_ok=True)
-    path = Path(work) / "trajectories.jsonl"
-    config = JacobiConfig(block_size=BLOCK_SIZE)
-    summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
-    notes = {"start": "spider-target", "block_size": config.block_size, "trajectories": summary}
-    rows = read_rows(path)
+    work = Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    summaries = {}
+
+    def answers(name: str, questions: list[dict], block_size: int) -> list[dict]:
+        prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
+        path, config = work / f"{name}.jsonl", JacobiConfig(block_size=block_size)
+        summaries[name] = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
+        return read_rows(path)
+
     rng = random.Random(0)
-    for row in encode(training[TRAJECTORIES:], tokenizer):
-        rows.append(row | {"states": initial_states(row, BLOCK_SIZE, rng)})
-    record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes)
+
+    def with_states(row: dict) -> dict:
+        return row | {"states": initial_states(row, BLOCK_SIZE, rng)}
+
+    rows = answers("training", training[:TRAJECTORIES], BLOCK_SIZE)
+    rows += map(with_states, encode(training[TRAJECTORIES:], tokenizer))
+    # Only the answers are wanted of these, and blocks of 2 come to them at the least cost.
+    crossed = answers("crossed", cross(training, CROSSED), 2)
+    crossed = [with_states(row) for row in crossed if row["finished"] and not is_degenerate(row["output_ids"])]
+    notes = {"start": "spider-target", "block_size": BLOCK_SIZE, "trajectories": summaries["training"]}
+    first = train(model, tokenizer, rows, work / "first-stage", CLLM_CONFIG, notes)
+    notes = {
+        "start": "the model of the first stage",
+        "crossed": summaries["crossed"],
+        "crossed_rows": len(crossed),
+        "first_stage": first,
+    }
+    record = train(model, tokenizer, rows + crossed, output_dir, FINISH_CONFIG, notes, target=load_model(target)[0])
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in random.Random(0).sample(held_out, SAMPLE))
     return record
@@ -279,12 +325,18 @@ _ABOUT = {
     "target": "Trained from scratch on Spider's training questions and on questions made by templates from the "
     "schemas of the same databases.",
     "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on "
-    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards.",
+    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards; in a "
+    "second stage also on the target's answers to questions that were crossed out of two.",
 }
 
 
 def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
     """The README of a bundled model: what it is, how it was made, what it does on the held-out questions."""
+    stages = [
+        f"{stage['steps']} steps on {stage['rows']} rows in {stage['seconds'] / 60:.0f} minutes"
+        for stage in (record.get("first_stage"), record)
+        if stage
+    ]
     lines = [
         "---",
         "license: apache-2.0",
@@ -300,8 +352,8 @@ def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
         "and not its schema, so databases outside Spider's training set are unknown to it.",
         "",
         "- Prompt: `{db_id} : {question}` and a newline; output: the query in lower case, `<eos>`.",
-        f"- Training: {record['steps']} steps, {record['rows']} rows, {record['seconds'] / 60:.0f} minutes on "
-        f"{record['threads']} CPU threads; settings and losses in `training_record.json`.",
+        f"- Training: {' and then '.join(stages)} on {record['threads']} CPU threads; settings and losses in "
+        "`training_record.json`.",
         "- Made by `make models`, which also wrote this card.",
         "- Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0; 5 % of the training questions are held out. "
         "`held_out_sample.jsonl`, where it is there, is an excerpt of these under the same licence.",

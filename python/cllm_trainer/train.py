@@ -38,6 +38,8 @@ class TrainConfig:
             (:func:`losses`); 1 weighs all alike, as the paper does.
         ar_weight: of the cross entropy on the clean output. The paper takes 10 for models of 7B; 1 is what
             suits models of a few million parameters.
+        target_weight: of the KL from the prediction of a frozen target (the ``target`` of :func:`train`) to the
+            model's, on the clean output. It keeps the quality where the target is unsure.
         save_dtype: storage type of the saved weights.
     """
 
@@ -52,6 +54,7 @@ class TrainConfig:
     consistency_weight: float = 1.0
     distance_decay: float = 1.0
     ar_weight: float = 1.0
+    target_weight: float = 0.0
     seed: int = 0
     save_dtype: str = "bfloat16"
 
@@ -87,6 +90,13 @@ def losses(
     return ar, (weights * divergence).sum() / weights.sum().clamp(min=1)
 
 
+def target_loss(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean KL from ``reference`` to ``logits``, both ``[B, T, V]``, over the labelled positions (nats)."""
+    labelled = labels != IGNORE
+    target = reference[labelled].float().log_softmax(-1)
+    return F.kl_div(logits[labelled].float().log_softmax(-1), target, log_target=True, reduction="sum") / len(target)
+
+
 class LengthGroups(Sampler[int]):
     """Indices in an order whose batches hold items of about one length, and come in no order of length.
 
@@ -115,13 +125,18 @@ class LengthGroups(Sampler[int]):
 
 
 class ConsistencyTrainer(Trainer):
-    """transformers' Trainer with the two losses of a CLLM; both are logged beside their sum."""
+    """transformers' Trainer with the losses of a CLLM; each is logged beside their weighted sum."""
 
-    def __init__(self, *args, consistency_weight: float, ar_weight: float, distance_decay: float, **kwargs):
+    def __init__(self, *args, config: TrainConfig, target: PreTrainedModel | None, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean per batch
-        self._weights = (ar_weight, consistency_weight)
-        self._decay = distance_decay
+        self.weights = {
+            "ar_loss": config.ar_weight,
+            "consistency_loss": config.consistency_weight,
+            "target_loss": config.target_weight,
+        }
+        self._decay = config.distance_decay
+        self._target = target
         self._parts: list[torch.Tensor] = []
 
     def _get_train_sampler(self, train_dataset=None):
@@ -135,19 +150,26 @@ class ConsistencyTrainer(Trainer):
         if "attention_mask" in inputs:
             inputs["attention_mask"] = additive_mask(inputs["attention_mask"], self.model.dtype)
         outputs = model(**inputs, use_cache=False)
-        parts = torch.stack(losses(outputs.logits, **pairs, decay=self._decay))
-        self._parts.append(parts.detach())
+        parts = [*losses(outputs.logits, **pairs, decay=self._decay)]
+        if self._target is None:
+            parts.append(parts[0].new_zeros(()))
+        else:
+            # the target needs the clean sequences alone, and these stand first
+            width = int((pairs["labels"] != IGNORE).any(0).nonzero().max()) + 1
+            with torch.no_grad():
+                reference = self._target(inputs["input_ids"][:, :width], use_cache=False).logits
+            parts.append(target_loss(outputs.logits[:, :width], reference, pairs["labels"][:, :width]))
+        self._parts.append(torch.stack(parts).detach())
         if blocks and self.train_dataset.on_policy:
             with torch.no_grad():
                 predictions = outputs.logits.flatten(0, 1)[pairs["student"]].argmax(-1)
             self.train_dataset.advance(blocks, predictions.tolist())
-        loss = self._weights[0] * parts[0] + self._weights[1] * parts[1]
+        loss = sum(weight * part for weight, part in zip(self.weights.values(), parts, strict=True))
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, *args, **kwargs):
         if self._parts and "loss" in logs:
-            ar, consistency = torch.stack(self._parts).mean(0).tolist()
-            logs |= {"ar_loss": ar, "consistency_loss": consistency}
+            logs |= dict(zip(self.weights, torch.stack(self._parts).mean(0).tolist(), strict=True))
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -159,6 +181,7 @@ def train(
     output_dir: str | Path,
     config: TrainConfig,
     notes: dict | None = None,
+    target: PreTrainedModel | None = None,
 ) -> dict:
     """Trains ``model`` in place and saves it, its tokenizer and ``training_record.json`` to ``output_dir``.
 
@@ -166,6 +189,7 @@ def train(
         model: a causal LM in fp32.
         rows: training rows (see :mod:`cllm_trainer.packing`).
         notes: what else belongs into the record, such as where the data came from.
+        target: what ``config.target_weight`` holds the model to, with the same tokens; not changed.
 
     Returns:
         The record: settings, data counts, loss history, seconds, versions.
@@ -174,6 +198,10 @@ def train(
         raise ValueError("no training rows")
     if tokenizer.pad_token_id is None:
         raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
+    if (config.target_weight > 0) != (target is not None):
+        raise ValueError(f"target_weight is {config.target_weight}: a target is needed if it is above 0, and only then")
+    if target is not None and target.config.vocab_size != model.config.vocab_size:
+        raise ValueError(f"the target has {target.config.vocab_size} tokens, the model {model.config.vocab_size}")
     output_dir = Path(output_dir)
     arguments = TrainingArguments(
         output_dir=str(output_dir),
@@ -196,9 +224,8 @@ def train(
         args=arguments,
         train_dataset=TrajectoryDataset(rows, config.noisy_blocks, config.augment, config.on_policy, config.seed),
         data_collator=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),
-        consistency_weight=config.consistency_weight,
-        ar_weight=config.ar_weight,
-        distance_decay=config.distance_decay,
+        config=config,
+        target=target and target.eval(),
     )
     begin = time.perf_counter()
     trainer.train()
@@ -217,7 +244,7 @@ def train(
             "transformers": transformers.__version__,
         },
         "history": [
-            {key: entry[key] for key in ("step", "loss", "ar_loss", "consistency_loss", "learning_rate")}
+            {key: entry[key] for key in ("step", "loss", *trainer.weights, "learning_rate")}
             for entry in trainer.state.log_history
             if "ar_loss" in entry
         ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, next_state, read_rows
-from cllm_trainer.train import LengthGroups, losses
+from cllm_trainer.train import LengthGroups, losses, target_loss
 from helpers import PAD, make_model
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
@@ -91,6 +91,18 @@ def test_no_gradient_through_the_teacher():
     consistency.backward()
     assert logits.grad[0, 0].abs().sum() > 0
     assert logits.grad[0, 1:].abs().sum() == 0
+
+
+def test_target_loss_is_the_mean_over_the_outputs():
+    """Against torch's distributions, and without what stands on other positions."""
+    labels = collate(draw(), PAD)["labels"]
+    logits, reference = torch.randn(2, *labels.shape, 11)
+    got = target_loss(logits, reference, labels)
+    pairs = [torch.distributions.Categorical(logits=x[labels != IGNORE]) for x in (reference, logits)]
+    torch.testing.assert_close(got, torch.distributions.kl_divergence(*pairs).mean())
+    logits[labels == IGNORE] = torch.nan
+    assert target_loss(logits, reference, labels) == got
+    assert target_loss(reference, reference, labels) == 0
 
 
 def test_pairs_behind_right_drafts_alone_make_no_loss():

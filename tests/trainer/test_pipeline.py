@@ -61,6 +61,48 @@ def test_synthetic_questions_name_real_columns():
     assert any(" join " in row["query"] for row in questions)
 
 
+def test_crossed_questions_mix_two_of_one_database():
+    questions = [
+        {"db_id": db, "question": f"{db}a {db}b {db}c {db}d {db}e {index}"} for db in "xy" for index in range(30)
+    ]
+    crossed = spider.cross(questions, 80, seed=1)
+    assert crossed == spider.cross(questions, 80, seed=1) and len(crossed) == 80
+    asked = {row["question"] for row in questions}
+    assert sum(row["question"] not in asked for row in crossed) > 40
+    for row in crossed:
+        words = row["question"].split()
+        assert len(words) == 6
+        assert all(word.isdigit() or word[0] == row["db_id"] for word in words)
+
+
+def test_the_frozen_target_holds_the_model(target, tmp_path):
+    """With its weight alone, a model that was pushed away comes back; the target stays as it is."""
+    path, questions, _ = target
+    model, tokenizer = load_model(path)
+    frozen, _ = load_model(path)
+    before = [p.clone() for p in frozen.parameters()]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    config = TrainConfig(
+        epochs=4, batch_size=16, learning_rate=2e-3, warmup_steps=5, noisy_blocks=0, ar_weight=0, target_weight=1
+    )
+    record = train(model, tokenizer, spider.encode(questions, tokenizer), tmp_path / "m", config, target=frozen)
+    losses = [entry["target_loss"] for entry in record["history"]]
+    assert losses[-1] < losses[0] / 3
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_target_and_its_weight_go_together(target, tmp_path, weight):
+    path, questions, _ = target
+    model, tokenizer = load_model(path)
+    with pytest.raises(ValueError, match=f"target_weight is {weight}"):
+        train(model, tokenizer, spider.encode(questions, tokenizer), tmp_path / "m", TrainConfig(target_weight=weight),
+              target=model if weight == 0 else None)  # fmt: skip
+    assert not (tmp_path / "m").exists()
+
+
 def test_split_is_fixed_and_disjoint():
     rows = [{"question": str(index)} for index in range(200)]
     training, held_out = spider.split(rows)
@@ -120,6 +162,9 @@ def test_command_line(target, tmp_path):
                        "--block-size", "4", "--max-new-tokens", "12"])  # fmt: skip
     assert result.exit_code == 0, result.output
     result = run(app, ["train", *common, "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "cllm")])
+    assert result.exit_code == 0, result.output
+    result = run(app, ["train", *common, "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "cllm"),
+                       "--target", str(path), "--target-weight", "0.5"])  # fmt: skip
     assert result.exit_code == 0, result.output
     result = run(app, ["evaluate", "--target", str(path), "--cllm", str(tmp_path / "cllm"),
                        "--questions", str(file), "--output", str(tmp_path / "rows.json"), "--block-size", "4", "--max-new-tokens", "12"])  # fmt: skip
