@@ -25,5 +25,6 @@ def pytest_terminal_summary(terminalreporter):
         others = "  ".join(f"{other} {1e3 * seconds:.3f}" for other, seconds in facts["alternatives_s"].items())
         terminalreporter.write_line(
             f"{name:{name_width}}  ours {1e3 * facts['ours_s']:.3f}  {others}  speedup {facts['speedup']:.2f}  "
-            f"{facts['gbytes']:.1f} GB/s" + (f"  {facts['gflops']:.0f} GFLOP/s" if facts["gflops"] else "")
+            f"floor {1e3 * facts['floor_s']:.3f} ({facts['of_floor']:.0%} reached)  {facts['gbytes']:.1f} GB/s"
+            + (f"  {facts['gflops']:.0f} GFLOP/s" if facts["gflops"] else "")
         )

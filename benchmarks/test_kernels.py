@@ -1,30 +1,40 @@
-"""Times of the ops against what PyTorch offers for the same work, and the rates reached.
+"""Times of the ops against what PyTorch offers for the same work, and the share of the device's floor reached.
 
     pytest benchmarks/test_kernels.py --benchmark-json=kernels.json
 
-Rounds are interleaved: each runs every alternative and then ours, so that another load on the machine hits all alike.
-pytest-benchmark's statistics are ours; the alternatives' medians and all else stand in `extra_info`.
+Runs on the GPU where there is one, else on the CPU. How it is timed stands in measure.py. pytest-benchmark's
+statistics are ours; the alternatives' medians and all else stand in `extra_info`.
 """
 
-import statistics
-import time
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from measure import BACKEND, DEVICE, ON_GPU, compare
 
 from cllm_kernels import backends
 from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_
 
-WIDTH = 16
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# (Hq, Hkv, D): Llama-3-8B, Qwen2.5-0.5B, and about the bundled model.
-SHAPES = {"32x8x128": (32, 8, 128), "14x2x64": (14, 2, 64), "8x4x32": (8, 4, 32)}
+DTYPES = {"bf16": torch.bfloat16} if ON_GPU else {"fp32": torch.float32, "bf16": torch.bfloat16}
+VOCABULARIES = (32_000, 128_256, 152_064)
+WIDTHS = (1, 8, 16, 32, 64, 128)
+if ON_GPU:
+    # (Hq, Hkv, D): Llama-3-8B, Qwen2.5-7B, Llama-2-7B.
+    SHAPES = {"32x8x128": (32, 8, 128), "28x4x128": (28, 4, 128), "32x32x128": (32, 32, 128)}
+    LENGTHS = (256, 1024, 4096, 16384, 32768, 131072)
+    SIZES = [(1, width, length) for width in WIDTHS for length in LENGTHS]
+    SIZES += [(batch, 16, length) for batch in (4, 16) for length in (1024, 16384)]
+else:
+    # (Hq, Hkv, D): Llama-3-8B, Qwen2.5-0.5B, and about the bundled model.
+    SHAPES = {"32x8x128": (32, 8, 128), "14x2x64": (14, 2, 64), "8x4x32": (8, 4, 32)}
+    SIZES = [(1, 16, 256), (1, 16, 1024), (1, 16, 8192), (4, 16, 256), (4, 16, 1024)]
+    SIZES += [(1, width, 1024) for width in WIDTHS if width != 16]
 
-pytestmark = pytest.mark.skipif(backends.EXTENSION is None, reason=str(backends.available()["cpp"]))
+pytestmark = pytest.mark.skipif(BACKEND == "torch", reason=f"no kernels for this device: {backends.available()}")
 
 
-@pytest.fixture(params=["one thread", "all threads"])
+@pytest.fixture(params=["all threads"] if ON_GPU else ["one thread", "all threads"])
 def threads(request):
     """On a machine that does other work, only one thread gives ratios to trust: a barrier waits for time slices."""
     before = torch.get_num_threads()
@@ -36,104 +46,93 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def compare(benchmark, report, ours, alternatives, flops, nbytes, before=lambda: None):
-    """Runs interleaved rounds for about half a second; `before` restores what a run changes.
+@functools.cache
+def flex():
+    from torch.nn.attention.flex_attention import flex_attention
 
-    flops and nbytes are what the work needs at least: multiply-adds counted twice, and each byte of the caches or
-    logits read once.
-    """
-    times = {name: [] for name in alternatives}
-    ours_times = []
-
-    def run(function, to):
-        before()
-        begin = time.perf_counter()
-        function()
-        to.append(time.perf_counter() - begin)
-
-    def others():
-        for name, function in alternatives.items():
-            run(function, times[name])
-        before()
-
-    def timed():
-        begin = time.perf_counter()
-        ours()
-        ours_times.append(time.perf_counter() - begin)
-
-    others()
-    timed()
-    round_time = sum(values[0] for values in times.values()) + ours_times[0]
-    for values in (*times.values(), ours_times):  # the first calls set things up
-        values.clear()
-    benchmark.pedantic(timed, setup=others, rounds=int(min(100, max(7, 0.5 / round_time))))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    median = statistics.median(ours_times)
-    report(
-        ours_s=median,
-        alternatives_s=medians,
-        speedup=min(medians.values()) / median,
-        gflops=flops / median / 1e9,
-        gbytes=nbytes / median / 1e9,
-        backend=f"cpp ({backends.EXTENSION.cpu_isa()})",
-        threads=torch.get_num_threads(),
-        torch=torch.__version__,
-    )
+    return torch.compile(flex_attention, dynamic=False)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 256), (1, 1024), (1, 8192), (4, 256), (4, 1024)])
+def flex_alternative(query, keys, values, length):
+    """FlexAttention over the window's block mask, compiled. Each shape compiles anew, so only n = 16 has it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    width, rows = query.size(2), keys.size(2)
+    mask = create_block_mask(lambda b, h, i, j: j <= length + i, 1, 1, width, rows, device=DEVICE)
+    return lambda: flex()(query, keys, values, block_mask=mask, enable_gqa=True)
+
+
+@pytest.mark.parametrize(("batch", "width", "length"), SIZES, ids=lambda value: str(value))
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_block_attention(benchmark, report, threads, dtype, shape, batch, length):
+def test_block_attention(benchmark, report, threads, dtype, shape, batch, width, length):
     heads, kv_heads, dim = SHAPES[shape]
-    rows = length + WIDTH
-    query = torch.randn(batch, WIDTH, heads, dim).to(DTYPES[dtype])
-    keys, values = (torch.randn(batch, kv_heads, rows, dim).to(DTYPES[dtype]) for _ in range(2))
-    lengths = torch.full((batch,), length, dtype=torch.int32)
-    starts = torch.zeros(batch, dtype=torch.int32)
+    rows = length + width
+    make = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
+    query = make(batch, width, heads, dim)
+    keys, values = (make(batch, kv_heads, rows, dim) for _ in range(2))
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+    starts = torch.zeros_like(lengths)
 
-    visible = torch.ones(WIDTH, rows, dtype=torch.bool).tril(length).expand(batch, 1, WIDTH, rows)
-    added = torch.zeros(batch, 1, WIDTH, rows, dtype=query.dtype).masked_fill(~visible, -torch.inf)
+    visible = torch.ones(width, rows, dtype=torch.bool, device=DEVICE).tril(length).expand(batch, 1, width, rows)
+    added = torch.zeros(batch, 1, width, rows, dtype=query.dtype, device=DEVICE).masked_fill(~visible, -torch.inf)
     wide = [cache.repeat_interleave(heads // kv_heads, 1) for cache in (keys, values)]
     transposed = query.transpose(1, 2)
     sdpa = F.scaled_dot_product_attention
+    alternatives = {
+        "sdpa, bool mask, gqa": lambda: sdpa(transposed, keys, values, visible, enable_gqa=True),
+        "sdpa, float mask, gqa": lambda: sdpa(transposed, keys, values, added, enable_gqa=True),
+        "sdpa, float mask, expanded before": lambda: sdpa(transposed, *wide, added),
+    }
+    if ON_GPU and width == 16 and batch == 1:
+        alternatives["flex attention"] = flex_alternative(transposed, keys, values, length)
     with torch.inference_mode():
         compare(
             benchmark,
             report,
-            lambda: block_attention(query, keys, values, lengths, starts, backend="cpp"),
-            {
-                "sdpa, bool mask, gqa": lambda: sdpa(transposed, keys, values, visible, enable_gqa=True),
-                "sdpa, float mask, gqa": lambda: sdpa(transposed, keys, values, added, enable_gqa=True),
-                "sdpa, float mask, expanded before": lambda: sdpa(transposed, *wide, added),
-            },
-            flops=4 * batch * heads * WIDTH * rows * dim,
+            lambda: block_attention(query, keys, values, lengths, starts, backend=BACKEND),
+            alternatives,
+            flops=4 * batch * heads * width * rows * dim,
             nbytes=keys.nbytes + values.nbytes,
+            dtype=DTYPES[dtype],
         )
 
 
-@pytest.mark.parametrize("vocabulary", [32_000, 152_064])
+def accept_length(logits, window):
+    """What a plain PyTorch loop computes at each step, without commit, stop, shift and refill."""
+    predicted = logits.argmax(-1)
+    return 1 + (window[:, 1:] == predicted[:, :-1]).cumprod(1).sum(1), predicted
+
+
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_converge(benchmark, report, threads, dtype, vocabulary):
-    logits = torch.randn(1, WIDTH, vocabulary).to(DTYPES[dtype])
-    state = JacobiState.create(torch.arange(100)[None], limits=1000, block_size=WIDTH, eos=[vocabulary])
+    logits = torch.randn(1, 16, vocabulary, device=DEVICE).to(DTYPES[dtype])
+    prompt = torch.arange(100, device=DEVICE)[None]
+    state = JacobiState.create(prompt, limits=1000, block_size=16, eos=[vocabulary])
     fresh = state.clone()
 
     def restore():
         for tensor, value in zip(state.tensors(), fresh.tensors()):
             tensor.copy_(value)
 
+    alternatives = {
+        "torch": lambda: converge_(logits, state, backend="torch"),
+        "torch.argmax alone": lambda: logits.argmax(-1),
+        "argmax, compare, .item()": lambda: accept_length(logits, state.window)[0].item(),
+    }
+    if ON_GPU:
+        compiled = torch.compile(accept_length, dynamic=False)
+        alternatives["argmax, compare, compiled"] = lambda: compiled(logits, state.window)
     with torch.inference_mode():
         compare(
             benchmark,
             report,
-            lambda: converge_(logits, state, backend="cpp"),
-            {
-                "torch": lambda: converge_(logits, state, backend="torch"),
-                "torch.argmax alone": lambda: logits.argmax(-1),
-            },
+            lambda: converge_(logits, state, backend=BACKEND),
+            alternatives,
             flops=0,
             nbytes=logits.nbytes,
+            dtype=logits.dtype,
             before=restore,
         )
 
@@ -142,15 +141,17 @@ def test_converge(benchmark, report, threads, dtype, vocabulary):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_kv(benchmark, report, dtype, shape):
     _, kv_heads, dim = SHAPES[shape]
-    caches = [torch.zeros(4, kv_heads, 2048, dim).to(DTYPES[dtype]) for _ in range(2)]
-    window = [torch.randn(4, WIDTH, kv_heads, dim).to(DTYPES[dtype]).transpose(1, 2) for _ in range(2)]
-    lengths = torch.tensor([5, 700, 31, 2000], dtype=torch.int32)
+    make = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
+    caches = [make(4, kv_heads, 2048, dim) for _ in range(2)]
+    window = [make(4, 16, kv_heads, dim).transpose(1, 2) for _ in range(2)]
+    lengths = torch.tensor([5, 700, 31, 2000], dtype=torch.int32, device=DEVICE)
     with torch.inference_mode():
         compare(
             benchmark,
             report,
-            lambda: append_kv_(*caches, *window, lengths, backend="cpp"),
+            lambda: append_kv_(*caches, *window, lengths, backend=BACKEND),
             {"torch": lambda: append_kv_(*caches, *window, lengths, backend="torch")},
             flops=0,
             nbytes=2 * sum(tensor.nbytes for tensor in window),
+            dtype=DTYPES[dtype],
         )

@@ -1,0 +1,76 @@
+"""Draws what test_kernels.py measured.
+
+    python benchmarks/plot.py benchmarks/results/kernels_cpu.json
+
+Writes one PNG an op beside the JSON file: the times of every implementation over the cache length, the window or the
+vocabulary, with the device's floor.
+"""
+
+import collections
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+
+def series(cases, x):
+    """Microseconds by implementation, as sorted (x, time) pairs."""
+    lines = collections.defaultdict(list)
+    for parameters, facts in cases:
+        times = {f"ours ({facts['backend']})": facts["ours_s"], **facts["alternatives_s"], "floor": facts["floor_s"]}
+        for name, seconds in times.items():
+            lines[name].append((parameters[x], 1e6 * seconds))
+    return {name: sorted(points) for name, points in lines.items()}
+
+
+def draw(path, panels, x, title):
+    """One panel a key of `panels`, which holds (parameters, facts) pairs."""
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    styles = {}
+    for axis, (name, cases) in zip(axes.flat, sorted(panels.items())):
+        for label, points in series(cases, x).items():
+            style = {"color": "black", "linestyle": ":"} if label == "floor" else {"marker": "o", "markersize": 3}
+            (line,) = axis.plot(*zip(*points), label=label, **style)
+            styles.setdefault(label, line)
+        axis.set(title=name, xscale="log", yscale="log", xlabel=x, ylabel="µs")
+        axis.grid(alpha=0.3)
+    figure.legend(styles.values(), styles.keys(), loc="lower center", ncols=3, fontsize=8)
+    figure.suptitle(title)
+    figure.tight_layout(rect=(0, 0.04 + 0.06 / rows, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(source):
+    results = json.loads(Path(source).read_text())["benchmarks"]
+    ops = collections.defaultdict(lambda: collections.defaultdict(list))
+    for result in results:
+        parameters, facts = dict(result["params"]), result["extra_info"]
+        op = result["name"].split("[")[0].removeprefix("test_")
+        fixed = [f"{facts['threads']} threads"] if not facts["device"].startswith("NVIDIA") else []
+        fixed += [str(parameters[key]) for key in ("dtype", "shape") if key in parameters]
+        if op == "block_attention" and parameters["batch"] == 1:
+            if parameters["width"] == 16:
+                ops["block_attention over length"][", ".join([*fixed, "n 16"])].append((parameters, facts))
+            if parameters["length"] == 1024:
+                ops["block_attention over width"][", ".join([*fixed, "L 1024"])].append((parameters, facts))
+        elif op == "converge":
+            ops["converge_ over vocabulary"][", ".join([*fixed, "n 16"])].append((parameters, facts))
+    device = results[0]["extra_info"]["device"]
+    for name, panels in ops.items():
+        x = name.rsplit(" ", 1)[1]
+        path = Path(source).with_name(f"{Path(source).stem}_{name.replace(' ', '_').replace('__', '_')}.png")
+        draw(path, panels, x, f"{name}, {device}, medians")
+        print(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
