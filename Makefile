@@ -1,6 +1,7 @@
 # make demo    answers Spider questions with the bundled models, AR beside Jacobi
 # make test    runs the tests
 # make bench   runs the kernel benchmarks and writes benchmarks/results/
+# make gpu-check  on a machine with a GPU: builds, runs the GPU tests and the kernel benchmarks there
 # make models  trains the bundled models again (needs DATA, the folder with Spider's train.jsonl and tables.json)
 # Each sets up .venv by itself; python3 and g++ are all it needs.
 
@@ -12,7 +13,7 @@ READY := .venv/ready
 # What decides whether the package has to be built and installed again.
 SOURCES := setup.py pyproject.toml constraints.txt cllm_kernels/ops/state_fields.py $(shell find csrc -type f)
 
-.PHONY: demo test bench models
+.PHONY: demo test bench gpu-check models
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -24,6 +25,9 @@ test: $(READY)
 bench: $(READY)
 	mkdir -p benchmarks/results
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/kernels_cpu.json
+
+gpu-check:
+	scripts/gpu_check.sh
 
 models: $(READY)
 	$(BIN)/cllm-train spider --data $(DATA)

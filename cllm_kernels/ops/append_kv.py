@@ -71,11 +71,18 @@ def reference(key_cache, value_cache, key, value, lengths) -> None:
 
 def _implementation(key_cache, value_cache, key, value, lengths, backend="auto") -> None:
     _check(key_cache, value_cache, key, value, lengths)
-    if backends.resolve(backend, key_cache.device) == "torch":
+    backend = backends.resolve(backend, key_cache.device)
+    if backend == "torch":
         reference(key_cache, value_cache, key, value, lengths)
         return
     batch, heads, capacity, dim = key_cache.shape
     lengths = lengths.contiguous()
+    if backend == "triton":
+        from ..triton.append_kv import append_kv_ as run
+
+        check_room(lengths, key.size(2), capacity)
+        run(key_cache, value_cache, key, value, lengths)
+        return
     backends.EXTENSION.append_kv(
         key_cache.data_ptr(), *key_cache.stride()[:3],
         value_cache.data_ptr(), *value_cache.stride()[:3],

@@ -103,6 +103,13 @@ def _check_values(state: JacobiState) -> None:
             raise ValueError(f"row {row} has context_start = {start}; it must be in [0, {context})")
 
 
+def _check_numbers(broken: torch.Tensor) -> None:
+    """Raises ValueError on the first place where `broken`, bool [B, n], holds."""
+    if broken.any():
+        row, position = broken.nonzero()[0].tolist()
+        raise ValueError(f"logits of row {row} at window position {position} hold NaN; they must not")
+
+
 def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", refill: str = "context") -> None:
     """The specification of `converge_`, without a host sync except on the CPU."""
     on_cpu = logits.device.type == "cpu"
@@ -115,9 +122,8 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
     broken = logits.isnan().any(-1) & running[:, None]
     state.status[0] = running.sum()
     state.status[1] = broken.any(1).sum()
-    if on_cpu and broken.any():
-        row, position = broken.nonzero()[0].tolist()
-        raise ValueError(f"logits of row {row} at window position {position} hold NaN; they must not")
+    if on_cpu:
+        _check_numbers(broken)
     live = running & ~broken.any()
 
     # 1. accept length
@@ -192,10 +198,23 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
 def _implementation(logits, *arguments) -> None:
     tensors, (mode, refill, backend) = arguments[: len(FIELDS)], _options(arguments)
     _check(logits, tensors, mode, refill)
-    if backends.resolve(backend, logits.device) == "torch":
+    backend = backends.resolve(backend, logits.device)
+    if backend == "torch":
         reference(logits, JacobiState(*tensors), mode, refill)
         return
-    window, output, context, eos = (tensors[_INDEX[name]] for name in ("window", "output", "context", "eos"))
+    output, context, eos = (tensors[_INDEX[name]] for name in ("output", "context", "eos"))
+    if backend == "triton":
+        from ..triton.converge import converge_ as run
+
+        state, on_cpu = JacobiState(*tensors), logits.device.type == "cpu"
+        if on_cpu:
+            _check_values(state)
+        running = (state.done == 0)[:, None] if on_cpu else None
+        named = dict(zip(_INDEX, tensors, strict=True))
+        run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill)
+        if on_cpu and state.status[1]:
+            _check_numbers(logits.isnan().any(-1) & running)
+        return
     backends.EXTENSION.converge(
         logits.data_ptr(), logits.stride(0), logits.stride(1), DTYPE_CODES[logits.dtype],
         [tensor.data_ptr() for tensor in tensors],

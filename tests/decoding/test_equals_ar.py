@@ -24,9 +24,10 @@ def test_the_native_backend_is_among_those_tested():
 def test_equals_generate(family, rows, mode, backend):
     model = make_model(family)
     inputs = make_prompts(rows)
-    expected = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+    new = 10 if backend == "triton" and backends.interpreted() else 40  # the interpreter is slow
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=new)
     generator = JacobiGenerator(model, JacobiConfig(block_size=6, mode=mode, backend=backend))
-    got = generator.generate(**inputs, do_sample=False, max_new_tokens=40)
+    got = generator.generate(**inputs, do_sample=False, max_new_tokens=new)
     assert torch.equal(got, expected)
     assert generator.statistics.backend == backend
 

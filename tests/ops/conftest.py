@@ -1,4 +1,7 @@
-"""Every test of an op that takes `backend` runs on each backend, and C++ on each instruction set of this CPU."""
+"""Every test of an op that takes `backend` runs on each backend, and C++ on each instruction set of this CPU.
+
+Triton's kernels run in its interpreter here (tests/conftest.py); on a GPU, test_ops_on_gpu.py runs them.
+"""
 
 import pytest
 import torch
@@ -8,13 +11,15 @@ from cllm_kernels import backends
 ISAS = ("baseline", "avx2", "avx512")
 
 
-@pytest.fixture(params=["torch", *(f"cpp-{isa}" for isa in ISAS)])
+@pytest.fixture(params=["torch", "triton", *(f"cpp-{isa}" for isa in ISAS)])
 def backend(request):
     name, _, isa = request.param.partition("-")
     reason = backends.available()[name]
     if reason is not None:
         pytest.skip(reason)
-    if name == "torch":
+    if name == "triton" and torch.cuda.is_available():
+        pytest.skip("compiled for the GPU here, see test_ops_on_gpu.py")
+    if name != "cpp":
         yield name
         return
     extension = backends.EXTENSION

@@ -21,19 +21,39 @@ def run(code, **environment):
 def test_auto(monkeypatch):
     monkeypatch.delenv("CLLM_BACKEND", raising=False)
     assert backends.resolve("auto", CPU) == ("torch" if backends.EXTENSION is None else "cpp")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert backends.resolve("auto", CUDA) == "triton"
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert backends.resolve("auto", CUDA) == "torch"
     monkeypatch.setenv("CLLM_BACKEND", "torch")
     assert backends.resolve("auto", CPU) == "torch"
     monkeypatch.setenv("CLLM_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="backend is 'fastest'; allowed are 'auto', 'cpp', 'torch', 'triton', 'cuda'"):
+    with pytest.raises(ValueError, match="backend is 'fastest'; allowed are 'auto', 'cpp', 'triton', 'torch', 'cuda'"):
         backends.resolve("auto", CPU)
 
 
-@pytest.mark.parametrize("name", ["triton", "cuda"])
-def test_backends_that_are_not_built(name):
-    assert backends.available()[name] == "not in this build"
-    with pytest.raises(RuntimeError, match=f"'{name}' was asked for but it is not in this build"):
-        backends.resolve(name, CPU)
+def test_a_backend_that_is_not_built():
+    assert backends.available()["cuda"] == "not in this build"
+    with pytest.raises(RuntimeError, match="'cuda' was asked for but it is not in this build"):
+        backends.resolve("cuda", CPU)
+
+
+def test_triton_says_why_not(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.available()["triton"] is None and backends.resolve("triton", CPU) == "triton"
+    with pytest.raises(RuntimeError, match="tensors are on cuda:0; it runs on the CPU, in its interpreter"):
+        backends.resolve("triton", CUDA)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="'triton' was asked for but this torch is built without CUDA"):
+        backends.resolve("triton", CPU)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert backends.resolve("triton", CUDA) == "triton"
+    with pytest.raises(RuntimeError, match="tensors are on cpu; it runs on CUDA devices"):
+        backends.resolve("triton", CPU)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.available()["triton"] == "triton is not installed"
 
 
 def test_cpp_says_why_not(monkeypatch):
