@@ -1,6 +1,6 @@
 # make demo    answers Spider questions with the bundled models, AR beside Jacobi
 # make test    runs the tests
-# make bench   runs the kernel benchmarks and writes benchmarks/results/
+# make bench   runs the kernel benchmarks, writes and plots benchmarks/results/
 # make gpu-check  on a machine with a GPU: builds, runs the GPU tests and the kernel benchmarks there
 # make models  trains the bundled models again (needs DATA, the folder with Spider's train.jsonl and tables.json)
 # Each sets up .venv by itself; python3 and g++ are all it needs.
@@ -20,11 +20,13 @@ demo: $(READY)
 	$(BIN)/cllm demo $(DEMO_ARGS)
 
 test: $(READY)
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --numprocesses 2 --dist worksteal
 
 bench: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt matplotlib
 	mkdir -p benchmarks/results
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=benchmarks/results/kernels_cpu.json
+	$(BIN)/python benchmarks/plot.py benchmarks/results/kernels_cpu.json
 
 gpu-check:
 	scripts/gpu_check.sh

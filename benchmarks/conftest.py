@@ -16,6 +16,12 @@ def report(benchmark):
     return add
 
 
+def pytest_benchmark_update_json(output_json):
+    """The file keeps the statistics of each case, not the time of every round."""
+    for case in output_json["benchmarks"]:
+        case["stats"].pop("data", None)
+
+
 def pytest_terminal_summary(terminalreporter):
     if not ROWS:
         return

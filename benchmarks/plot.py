@@ -29,7 +29,7 @@ def series(cases, x):
 
 def draw(path, panels, x, title):
     """One panel a key of `panels`, which holds (parameters, facts) pairs."""
-    columns = min(4, len(panels))
+    columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
     for axis in axes.flat[len(panels) :]:
@@ -45,7 +45,7 @@ def draw(path, panels, x, title):
     figure.legend(styles.values(), styles.keys(), loc="lower center", ncols=3, fontsize=8)
     figure.suptitle(title)
     figure.tight_layout(rect=(0, 0.04 + 0.06 / rows, 1, 1))
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
@@ -54,9 +54,10 @@ def main(source):
     ops = collections.defaultdict(lambda: collections.defaultdict(list))
     for result in results:
         parameters, facts = dict(result["params"]), result["extra_info"]
+        if parameters.get("threads") == "one thread":
+            continue
         op = result["name"].split("[")[0].removeprefix("test_")
-        fixed = [f"{facts['threads']} threads"] if not facts["device"].startswith("NVIDIA") else []
-        fixed += [str(parameters[key]) for key in ("dtype", "shape") if key in parameters]
+        fixed = [str(parameters[key]) for key in ("dtype", "shape") if key in parameters]
         if op == "block_attention" and parameters["batch"] == 1:
             if parameters["width"] == 16:
                 ops["block_attention over length"][", ".join([*fixed, "n 16"])].append((parameters, facts))
@@ -64,7 +65,8 @@ def main(source):
                 ops["block_attention over width"][", ".join([*fixed, "L 1024"])].append((parameters, facts))
         elif op == "converge":
             ops["converge_ over vocabulary"][", ".join([*fixed, "n 16"])].append((parameters, facts))
-    device = results[0]["extra_info"]["device"]
+    facts = results[-1]["extra_info"]
+    device = facts["device"] if "CPU" not in facts["device"] else f"{facts['device']}, {facts['threads']} threads"
     for name, panels in ops.items():
         x = name.rsplit(" ", 1)[1]
         path = Path(source).with_name(f"{Path(source).stem}_{name.replace(' ', '_').replace('__', '_')}.png")

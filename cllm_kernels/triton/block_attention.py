@@ -91,7 +91,8 @@ def _step(
         if tl.max(tl.max(broken.to(tl.int32), 1), 0) > 0:
             value = tl.where(broken, 0.0, value)
             for at in range(first, tl.minimum(first + KEYS, end)):
-                one = tl.load(value_rows + at.to(tl.int64) * value_stride + value_dims, mask=value_dims < VALUE_DIM, other=0.0)
+                row_at = value_rows + (tl.zeros([1], tl.int64) + at) * value_stride
+                one = tl.load(row_at + value_dims, mask=value_dims < VALUE_DIM, other=0.0)
                 sees = (at >= lowest) & (at <= highest)
                 output = tl.where(sees[:, None] & _broken(one)[None, :], float("nan"), output)
     output = _dot(_narrow(weights, value.dtype), value, output)

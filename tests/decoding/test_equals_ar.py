@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends
 
-BACKENDS = [name for name, reason in backends.available().items() if reason is None]
+# Triton's interpreter is slow; it has a test of its own below, and its kernels those in tests/ops.
+BACKENDS = [name for name, reason in backends.available().items() if reason is None and name != "triton"]
 
 
 def test_the_native_backend_is_among_those_tested():
@@ -24,12 +25,22 @@ def test_the_native_backend_is_among_those_tested():
 def test_equals_generate(family, rows, mode, backend):
     model = make_model(family)
     inputs = make_prompts(rows)
-    new = 10 if backend == "triton" and backends.interpreted() else 40  # the interpreter is slow
-    expected = model.generate(**inputs, do_sample=False, max_new_tokens=new)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=40)
     generator = JacobiGenerator(model, JacobiConfig(block_size=6, mode=mode, backend=backend))
-    got = generator.generate(**inputs, do_sample=False, max_new_tokens=new)
+    got = generator.generate(**inputs, do_sample=False, max_new_tokens=40)
     assert torch.equal(got, expected)
     assert generator.statistics.backend == backend
+
+
+@pytest.mark.skipif(not backends.interpreted(), reason="test_decoding_on_gpu.py runs Triton's kernels here")
+@pytest.mark.parametrize(("family", "rows", "mode"), [("llama", 1, "window"), ("gemma2", 2, "block")])
+def test_triton_equals_generate(family, rows, mode):
+    model = make_model(family)
+    inputs = make_prompts(rows)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=8)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6, mode=mode, backend="triton"))
+    assert torch.equal(generator.generate(**inputs, do_sample=False, max_new_tokens=8), expected)
+    assert generator.statistics.backend == "triton"
 
 
 _MODELS = {family: make_model(family, seed=7) for family in ("llama", "mistral", "gpt_neox")}

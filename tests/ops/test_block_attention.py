@@ -79,6 +79,10 @@ def check(backend, options=None, **case):
 @pytest.mark.parametrize("length", [0, 1, 63, 799, 4096])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grid(dtype, length, group, width, backend):
+    if backend == "triton" and length == 4096 and width * group > 64:
+        pytest.skip("the interpreter takes up to half a minute; shorter caches have these rows, fewer rows this cache")
+    if backend == "triton" and length >= 799 and dtype == torch.float16:
+        pytest.skip("the interpreter is slow; shorter caches have this dtype, the others this cache")
     # The second row of the ragged batch is shorter, and left padded where it can be.
     lengths = [length, length // 3]
     check(backend, heads=2 * group, kv_heads=2, width=width, lengths=lengths, starts=[0, length // 5],

@@ -160,7 +160,7 @@ def agreeable_logits(generator, state, vocabulary, dtype):
 def test_equals_the_oracle(backend, seed, rows, width, vocabulary, eos, limit, mode, refill, dtype):
     generator = torch.Generator().manual_seed(seed)
     state = random_state(generator, rows, width, vocabulary, eos=eos, limit=limit)
-    for _ in range(6):
+    for _ in range(2 if backend == "triton" else 6):  # the interpreter is slow
         logits = agreeable_logits(generator, state, vocabulary, dtype)
         want = oracle(logits, state, mode, refill)
         converge_(logits, state, mode, refill, backend)
