@@ -10,6 +10,16 @@ from . import configs
 TOKENS = 16
 
 
+@triton.jit
+def _copy(
+    cache, c0, c1, c2, new, n0, n1, n2, batch, head, row, token, fits, DIM: tl.constexpr, PAD: tl.constexpr
+):  # fmt: skip
+    dims = tl.arange(0, PAD)[None, :]
+    mask = fits & (dims < DIM)
+    values = tl.load(new + batch * n0 + head * n1 + token * n2 + dims, mask=mask)
+    tl.store(cache + batch * c0 + head * c1 + row * c2 + dims, values, mask=mask)
+
+
 @triton.jit(do_not_specialize=["width", "capacity"])
 def _append(
     key_cache, value_cache, key, value, lengths, kc0, kc1, kc2, vc0, vc1, vc2, k0, k1, k2, v0, v1, v2, width, capacity,
@@ -21,21 +31,8 @@ def _append(
     # Lengths on a device are not checked by the host; what does not fit is not written.
     fits = ((token < width) & (row >= 0) & (row < capacity))[:, None]
     token, row = token.to(tl.int64)[:, None], row.to(tl.int64)[:, None]
-
-    dims = tl.arange(0, PAD)[None, :]
-    mask = fits & (dims < DIM)
-    tl.store(
-        key_cache + batch * kc0 + head * kc1 + row * kc2 + dims,
-        tl.load(key + batch * k0 + head * k1 + token * k2 + dims, mask=mask),
-        mask=mask,
-    )
-    dims = tl.arange(0, VALUE_PAD)[None, :]
-    mask = fits & (dims < VALUE_DIM)
-    tl.store(
-        value_cache + batch * vc0 + head * vc1 + row * vc2 + dims,
-        tl.load(value + batch * v0 + head * v1 + token * v2 + dims, mask=mask),
-        mask=mask,
-    )
+    _copy(key_cache, kc0, kc1, kc2, key, k0, k1, k2, batch, head, row, token, fits, DIM, PAD)
+    _copy(value_cache, vc0, vc1, vc2, value, v0, v1, v2, batch, head, row, token, fits, VALUE_DIM, VALUE_PAD)
 
 
 def append_kv_(key_cache, value_cache, key, value, lengths) -> None:

@@ -60,6 +60,12 @@ def _refill_word(seed, token, draw):
     return word
 
 
+@triton.jit
+def _plus(at, happened, running):
+    """A counter of each row and how often this happened in it."""
+    return tl.load(at, mask=running, other=0) + tl.sum(happened.to(tl.int32), 1)
+
+
 @triton.jit(do_not_specialize=["rows", "width", "capacity", "context_width", "eos_count", "splits"])
 def _converge(
     keys, window, kept, since, output, produced, lengths, limits, block_left, done, iterations, accept_histogram,
@@ -87,6 +93,9 @@ def _converge(
         tl.store(status + 1, broken_rows)
         return
 
+    # Warps run apart, and several may hold the same value of a row. So in what follows every read of the state comes
+    # before a barrier and every write behind it.
+    tl.debug_barrier()
     left_running = 0
     for first in range(0, rows, ROWS):
         row = first + local
@@ -121,7 +130,6 @@ def _converge(
 
         # 3. commit
         taken = live & (column < accept[:, None])
-        tl.store(output + row[:, None].to(tl.int64) * capacity + made[:, None] + column, predicted, mask=taken)
         forward = tl.load(iterations + row, mask=running, other=0) + 1
         stood = tl.load(kept + at, mask=live, other=0)
         born = tl.where(agreed, tl.load(since + at + 1, mask=followed, other=0), forward[:, None])
@@ -130,23 +138,20 @@ def _converge(
         ranked = tl.associative_scan(born * WIDTH + (WIDTH - 1 - column), 1, _larger)
         reached = tl.maximum(ranked // WIDTH, reached_before[:, None])
         grew = (born > reached_before[:, None]) & (WIDTH - 1 - ranked % WIDTH == column)
-        new_front = tl.max(tl.where(taken, reached, 0), 1)
-        _add(stationary + row, tl.sum((taken & (column >= 1) & (stood == 1)).to(tl.int32), 1), running)
-        _add(paper_iterations + row, tl.sum((taken & grew).to(tl.int32), 1), running)
-        _add(paper_stationary + row, tl.sum((taken & (born < reached)).to(tl.int32), 1), running)
-        _add(lengths + row, accept, running)
-        _add(accept_histogram + row.to(tl.int64) * (width + 1) + accept, 1, running)
-        tl.store(produced + row, made + accept, mask=running)
-        tl.store(iterations + row, forward, mask=running)
-        tl.store(front + row, tl.where(accept > 0, new_front, reached_before), mask=running)
+        new_front = tl.where(accept > 0, tl.max(tl.where(taken, reached, 0), 1), reached_before)
+        histogram_at = accept_histogram + row.to(tl.int64) * (width + 1) + accept
+        new_stationary = _plus(stationary + row, taken & (column >= 1) & (stood == 1), running)
+        new_paper_iterations = _plus(paper_iterations + row, taken & grew, running)
+        new_paper_stationary = _plus(paper_stationary + row, taken & (born < reached), running)
+        new_length = tl.load(lengths + row, mask=running, other=0) + accept
+        new_count = tl.load(histogram_at, mask=running, other=0) + 1
 
         # 4. next window: slot j takes prediction accept - 1 + j, and what stood at slot accept + j tells what stayed
         going = running & (stop == 0)
         present = tl.minimum(width - accept + 1, width)
+        left = block - accept
         if BLOCK_MODE:
-            left = block - accept
             present = tl.where(left == 0, 1, tl.minimum(present, left))
-            tl.store(block_left + row, tl.where(left == 0, width, left), mask=going)
         source = accept[:, None] - 1 + column
         usable = live & (column < present[:, None])
         tl.store(keys + at * splits, predicted, mask=live)
@@ -154,9 +159,8 @@ def _converge(
         shifted = tl.load(keys + (at + accept[:, None] - 1) * splits, mask=usable & (source >= 0), other=0)
         behind = usable & (source + 1 < width)
         stayed = behind & (tl.load(window + at + accept[:, None], mask=behind, other=0) == shifted)
-        new_since = tl.where(
-            stayed, tl.load(since + at + accept[:, None], mask=behind, other=0), forward[:, None] + (1 - usable.to(tl.int32))
-        )
+        stood_since = tl.load(since + at + accept[:, None], mask=behind, other=0)
+        new_since = tl.where(stayed, stood_since, forward[:, None] + (1 - usable.to(tl.int32)))
 
         # 5. refill
         if CONTEXT:
@@ -170,20 +174,27 @@ def _converge(
         else:
             last = tl.sum(tl.where(column == width - 1, predicted, 0), 1)
             fresh = tl.zeros([ROWS, WIDTH], tl.int64) + last[:, None]
-        tl.debug_barrier()  # every read of the old window comes before the first write of the new
+
+        tl.debug_barrier()
+        tl.store(output + row[:, None].to(tl.int64) * capacity + made[:, None] + column, predicted, mask=taken)
+        tl.store(produced + row, made + accept, mask=running)
+        tl.store(lengths + row, new_length, mask=running)
+        tl.store(iterations + row, forward, mask=running)
+        tl.store(histogram_at, new_count, mask=running)
+        tl.store(stationary + row, new_stationary, mask=running)
+        tl.store(front + row, new_front, mask=running)
+        tl.store(paper_iterations + row, new_paper_iterations, mask=running)
+        tl.store(paper_stationary + row, new_paper_stationary, mask=running)
+        tl.store(done + row, stop, mask=running)
+        if BLOCK_MODE:
+            tl.store(block_left + row, tl.where(left == 0, width, left), mask=going)
         write = going[:, None] & live
         tl.store(window + at, tl.where(usable, shifted, fresh), mask=write)
         tl.store(kept + at, (stayed & (column >= 1)).to(tl.int32), mask=write)
         tl.store(since + at, new_since, mask=write)
-        tl.store(done + row, stop, mask=running)
         left_running += tl.sum(going.to(tl.int32), 0)
     tl.store(status, left_running)
     tl.store(status + 1, 0)
-
-
-@triton.jit
-def _add(at, amount, mask):
-    tl.store(at, tl.load(at, mask=mask, other=0) + amount, mask=mask)
 
 
 def converge_(logits, tensors, sizes, mode: str, refill: str) -> None:
