@@ -7,10 +7,13 @@ import torch
 from .. import backends
 from ._library import check_device, check_float, check_last_dim, check_rank, check_shape, register
 from .block_attention import DTYPE_CODES
+from .philox import gumbel, noise_words
 from .state import REFILLS, JacobiState, check_refill, check_state, context_drafts
 from .state_fields import FIELDS, READ_ONLY
 
 MODES = ("window", "block")
+# Of temperatures and their inverses: far from the ends of float32.
+_LARGEST = 1e30
 
 
 def converge_(
@@ -18,6 +21,7 @@ def converge_(
     state: JacobiState,
     mode: str = "window",
     refill: str = "context",
+    temperature: float = 0.0,
     backend: str = "auto",
 ) -> None:
     """Turns the logits of a forward over `state.window` into committed tokens and the next window.
@@ -25,7 +29,8 @@ def converge_(
     logits [B, n, V], float32, bfloat16 or float16, contiguous in the last dimension, on the state's device.
     `state` is mutated: every field but those in `state_fields.READ_ONLY`.
 
-    For each row with done == 0, where w is its window and g[i] = argmax(logits[i]), the lowest index on ties:
+    For each row with done == 0, where w is its window and g[i] the prediction at i, which is argmax(logits[i]), the
+    lowest index on ties, or with temperature > 0 a sample (below):
 
     1. accept length a = 1 + the number of leading i with w[i + 1] == g[i]; in mode "block" at most
        block_left; at most limits - produced.
@@ -51,21 +56,34 @@ def converge_(
     there is any of these, no other field changes; on the CPU ValueError then names the row and the position.
     -inf is an ordinary value.
 
-    Raises ValueError, before anything is mutated, on an unknown mode or refill, on logits that do not fit
-    the state, and on the CPU on a running row with produced, limits, block_left or context_start out of range.
+    With temperature > 0, g[i] = argmax(logits[i] / temperature + G), in float32 with the division as a product. G is
+    standard Gumbel noise, so that g[i] is a sample of softmax(logits[i] / temperature). It depends on the row's seed,
+    on t = produced + i and on the entry v of the vocabulary, not on the window: the sampled sequence is a fixed point
+    as the greedy one is, and every way to decode gives the same one. G(v) = -log(E) with u = (word + 1/2) / 2^32 and
+    E = u (1 + u (1/2 + u/3)) where u < 2^-10, else -log(max(1 - u, 2^-25)). `word` is word v // 16 % 4 of Philox4x32-10
+    with key (low, high word of the row's seed) and counter (v // 64 * 16 + v % 16, 0, 0x4A47, t). The words are the
+    same on all backends; the floats agree to rounding.
 
+    Raises ValueError, before anything is mutated, on an unknown mode or refill, on a temperature that is negative or
+    not finite or whose inverse is not, on logits that do not fit the state, and on the CPU on a running row with produced, limits, block_left or context_start out of range.
+
+    Sampling as an argmax with fixed noise: Wiggers & Hoogeboom, 2020, arXiv:2002.09928.
     Jacobi decoding: Santilli et al., 2023, arXiv:2305.10427; drafts from the context and the blocks that run
     to their fixed point: CLLM, Kou et al., 2024, arXiv:2403.00835, whose counts of fast-forwarded and
     stationary tokens (section 4.3) the fields paper_* hold: they look at predictions where `stationary`
     looks at drafts.
     """
-    _call(logits, *state.tensors(), mode, refill, backend)
+    _call(logits, *state.tensors(), mode, refill, float(temperature), backend)
 
 
-def _check(logits: torch.Tensor, tensors: tuple[torch.Tensor, ...], mode: str, refill: str) -> None:
+def _check(
+    logits: torch.Tensor, tensors: tuple[torch.Tensor, ...], mode: str, refill: str, temperature: float
+) -> None:
     if mode not in MODES:
         raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}")
     check_refill(refill)
+    if temperature != 0 and not 1 / _LARGEST < temperature < _LARGEST:
+        raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or in ({1 / _LARGEST:.0e}, {_LARGEST:.0e})")
     check_state(tensors)
     window = tensors[0]
     check_rank("logits", logits, "B, n, V")
@@ -110,7 +128,9 @@ def _check_numbers(broken: torch.Tensor) -> None:
         raise ValueError(f"logits of row {row} at window position {position} hold NaN; they must not")
 
 
-def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", refill: str = "context") -> None:
+def reference(
+    logits: torch.Tensor, state: JacobiState, mode: str = "window", refill: str = "context", temperature: float = 0.0
+) -> None:
     """The specification of `converge_`, without a host sync except on the CPU."""
     on_cpu = logits.device.type == "cpu"
     if on_cpu:
@@ -125,6 +145,10 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
     if on_cpu:
         _check_numbers(broken)
     live = running & ~broken.any()
+
+    if temperature > 0:
+        words = noise_words(state.seeds, state.produced[:, None] + columns, logits.size(2))
+        logits = logits.float() * (1 / temperature) + gumbel(words)
 
     # 1. accept length
     window, predicted = state.window, logits.argmax(-1)
@@ -196,11 +220,11 @@ def reference(logits: torch.Tensor, state: JacobiState, mode: str = "window", re
 
 
 def _implementation(logits, *arguments) -> None:
-    tensors, (mode, refill, backend) = arguments[: len(FIELDS)], _options(arguments)
-    _check(logits, tensors, mode, refill)
+    tensors, (mode, refill, temperature, backend) = arguments[: len(FIELDS)], _options(arguments)
+    _check(logits, tensors, mode, refill, temperature)
     backend = backends.resolve(backend, logits.device)
     if backend == "torch":
-        reference(logits, JacobiState(*tensors), mode, refill)
+        reference(logits, JacobiState(*tensors), mode, refill, temperature)
         return
     output, context, eos = (tensors[_INDEX[name]] for name in ("output", "context", "eos"))
     if backend == "triton":
@@ -211,7 +235,7 @@ def _implementation(logits, *arguments) -> None:
             _check_values(state)
         running = (state.done == 0)[:, None] if on_cpu else None
         named = dict(zip(_INDEX, tensors, strict=True))
-        run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill)
+        run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill, temperature)
         if on_cpu and state.status[1]:
             _check_numbers(logits.isnan().any(-1) & running)
         return
@@ -219,19 +243,19 @@ def _implementation(logits, *arguments) -> None:
         logits.data_ptr(), logits.stride(0), logits.stride(1), DTYPE_CODES[logits.dtype],
         [tensor.data_ptr() for tensor in tensors],
         *logits.shape, output.size(1), context.size(1), eos.size(0),
-        MODES.index(mode), REFILLS.index(refill), torch.get_num_threads(),
+        MODES.index(mode), REFILLS.index(refill), temperature and 1 / temperature, torch.get_num_threads(),
     )  # fmt: skip
 
 
 def _fake(logits, *arguments) -> None:
-    mode, refill, _ = _options(arguments)
-    _check(logits, arguments[: len(FIELDS)], mode, refill)
+    mode, refill, temperature, _ = _options(arguments)
+    _check(logits, arguments[: len(FIELDS)], mode, refill, temperature)
 
 
-def _options(arguments: tuple) -> tuple[str, str, str]:
-    """mode, refill and backend; the dispatcher leaves out trailing arguments that equal their default."""
+def _options(arguments: tuple) -> tuple[str, str, float, str]:
+    """mode, refill, temperature and backend; the dispatcher leaves out trailing arguments that equal their default."""
     given = arguments[len(FIELDS) :]
-    return given + ("window", "context", "auto")[len(given) :]
+    return given + ("window", "context", 0.0, "auto")[len(given) :]
 
 
 _INDEX = {name: index for index, (name, *_) in enumerate(FIELDS)}
@@ -242,7 +266,7 @@ def _schema() -> str:
     alias = {name: f"({chr(ord('a') + index)}!)" for index, name in enumerate(written)}
     tensors = ", ".join(f"Tensor{alias.get(name, '')} {name}" for name, *_ in FIELDS)
     # "decode_mode", because torch's functionalisation takes no op with an argument named "mode".
-    options = 'str decode_mode="window", str refill="context", str backend="auto"'
+    options = 'str decode_mode="window", str refill="context", float temperature=0.0, str backend="auto"'
     return f"converge_(Tensor logits, {tensors}, {options}) -> ()"
 
 

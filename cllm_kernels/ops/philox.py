@@ -13,8 +13,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 ROUNDS = 10
 
-# Third counter word of the draws that refill a window ("JC"), apart from other uses of the same key.
+# Third counter word of each use of a key: the draws that refill a window ("JC"), the noise of sampling ("JG").
 REFILL_STREAM = 0x4A43
+NOISE_STREAM = 0x4A47
 
 
 def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +54,28 @@ def refill_draws(seeds: torch.Tensor, tokens: torch.Tensor, draws: torch.Tensor)
     counter = (tokens & MASK, zero, zero + REFILL_STREAM, zero + (draws & MASK)[:, None])
     key = ((seeds & MASK)[:, None], ((seeds >> 32) & MASK)[:, None])
     return philox4x32(counter, key)[0]
+
+
+def noise_words(seeds: torch.Tensor, tokens: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """The random word of every token of the vocabulary at every position, an unsigned 32-bit value in int64.
+
+    seeds int64 [B]; tokens int64 [B, n], the absolute index among the new tokens. Returns int64 [B, n, V]. A counter
+    serves tokens that stand 16 apart, so that 16 neighbours take the same word of 16 counters, which suits vectors.
+    """
+    entry = torch.arange(vocabulary, device=tokens.device)
+    groups = torch.arange(-(-vocabulary // 64) * 16, device=tokens.device).expand(*tokens.shape, -1)
+    zero = torch.zeros_like(groups)
+    counter = (groups, zero, zero + NOISE_STREAM, zero + (tokens & MASK)[:, :, None])
+    key = ((seeds & MASK)[:, None, None], ((seeds >> 32) & MASK)[:, None, None])
+    words = torch.stack(philox4x32(counter, key), -1)  # [B, n, groups, 4]
+    return words.flatten(2)[:, :, ((entry // 64) * 16 + entry % 16) * 4 + entry // 16 % 4]
+
+
+def gumbel(words: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise, float32, from unsigned 32-bit words: -log(E) of the exponential variable E.
+
+    With u = (word + 1/2) / 2^32, E = -log(1 - u), by its series where u is so small that 1 - u would lose it.
+    """
+    u = (words.float() + 0.5) * 2.0**-32
+    exponential = torch.where(u < 2.0**-10, u * (1 + u * (0.5 + u * (1 / 3))), -(1 - u).clamp(min=2.0**-25).log())
+    return -exponential.log()

@@ -16,10 +16,19 @@ from . import configs
 _NAN_KEY = tl.constexpr(0x7FFFFFFFFFFFFFFF)
 
 
-@triton.jit(do_not_specialize=["width"])
+@triton.jit
+def _gumbel(word):
+    """As `cllm_kernels.ops.philox.gumbel`."""
+    u = (word.to(tl.uint32, bitcast=True).to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    series = u * (1.0 + u * (0.5 + u * 0.3333333333333333))
+    exponential = tl.where(u < 0.0009765625, series, -tl.log(tl.maximum(1.0 - u, 2.9802322387695312e-08)))  # 2^-10, 2^-25
+    return -tl.log(exponential)
+
+
+@triton.jit(do_not_specialize=["width", "inverse_temperature"])
 def _argmax(
-    logits, done, keys, row_stride, position_stride, width, vocabulary,
-    SPLIT: tl.constexpr, BLOCK: tl.constexpr,
+    logits, done, seeds, produced, keys, row_stride, position_stride, width, vocabulary, inverse_temperature,
+    SPLIT: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of a part of the vocabulary as an int64 key: its ordered bits, then its inverted index."""
     position, split = tl.program_id(0), tl.program_id(1)
@@ -27,16 +36,37 @@ def _argmax(
     if tl.load(done + row) != 0:
         return
     at = logits + row.to(tl.int64) * row_stride + (position % width).to(tl.int64) * position_stride
-    offsets = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    where = tl.zeros([BLOCK], tl.int32) + split * SPLIT + offsets
-    broken = tl.zeros([BLOCK], tl.int32)
-    for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocabulary), BLOCK):
-        index = first + offsets
-        value = tl.load(at + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
-        broken |= (value != value).to(tl.int32)
-        where = tl.where(value > best, index, where)
-        best = tl.maximum(best, value)
+    if SAMPLE:
+        # A counter's four words serve entries that stand 16 apart.
+        counter = tl.arange(0, BLOCK // 4)
+        offsets = counter // 16 * 64 + counter % 16
+        best = tl.full([BLOCK // 4], float("-inf"), tl.float32)
+        broken = tl.zeros([BLOCK // 4], tl.int32)
+        seed = tl.load(seeds + row)
+        zero = tl.zeros_like(counter)
+        token = zero + (tl.load(produced + row) + position % width)
+        where = split * SPLIT + offsets
+        for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocabulary), BLOCK):
+            word0, word1, word2, word3 = tl.philox(seed, first // 4 + counter, zero, zero + 0x4A47, token)
+            for w in tl.static_range(4):
+                index = first + offsets + w * 16
+                value = tl.load(at + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+                broken |= (value != value).to(tl.int32)
+                word = word0 if w == 0 else word1 if w == 1 else word2 if w == 2 else word3
+                value = value * inverse_temperature + _gumbel(word)
+                where = tl.where(value > best, index, where)
+                best = tl.maximum(best, value)
+    else:
+        offsets = tl.arange(0, BLOCK)
+        best = tl.full([BLOCK], float("-inf"), tl.float32)
+        where = tl.zeros([BLOCK], tl.int32) + split * SPLIT + offsets
+        broken = tl.zeros([BLOCK], tl.int32)
+        for first in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocabulary), BLOCK):
+            index = first + offsets
+            value = tl.load(at + index, mask=index < vocabulary, other=float("-inf")).to(tl.float32)
+            broken |= (value != value).to(tl.int32)
+            where = tl.where(value > best, index, where)
+            best = tl.maximum(best, value)
     best = tl.where(best == 0, 0.0, best)  # -0 equals 0
     bits = best.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -197,7 +227,7 @@ def _converge(
     tl.store(status + 1, 0)
 
 
-def converge_(logits, tensors, sizes, mode: str, refill: str) -> None:
+def converge_(logits, tensors, sizes, mode: str, refill: str, temperature: float) -> None:
     """The op on arguments that have been checked; see `cllm_kernels.ops.converge`.
 
     tensors: the state's, by name; sizes: columns of `output` and `context`, entries of `eos`.
@@ -209,8 +239,9 @@ def converge_(logits, tensors, sizes, mode: str, refill: str) -> None:
     splits = triton.cdiv(vocabulary, configs.ARGMAX_SPLIT)
     keys = torch.empty(rows * width * splits, dtype=torch.int64, device=logits.device)
     _argmax[(rows * width, splits)](
-        logits, tensors["done"], keys, logits.stride(0), logits.stride(1), width, vocabulary,
-        SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK, num_warps=configs.ARGMAX_WARPS,
+        logits, *(tensors[name] for name in ("done", "seeds", "produced")), keys, logits.stride(0), logits.stride(1),
+        width, vocabulary, temperature and 1 / temperature,
+        SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK, SAMPLE=temperature > 0, num_warps=configs.ARGMAX_WARPS,
     )  # fmt: skip
     pad = configs.next_power(width)
     _converge[(1,)](

@@ -60,7 +60,8 @@ constexpr size_t state_field_count = 0
 
 void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype,
               const std::array<uintptr_t, state_field_count>& fields, int64_t rows, int64_t width, int64_t vocabulary,
-              int64_t capacity, int64_t context_width, int64_t eos_count, int mode, int refill, int threads) {
+              int64_t capacity, int64_t context_width, int64_t eos_count, int mode, int refill, float inverse_temperature,
+              int threads) {
   const uintptr_t* field = fields.data();
   const JacobiState state{
 #define CLLM_STATE_FIELD(type, name, dtype, shape) pointer<type>(*field++),
@@ -68,7 +69,7 @@ void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int
 #undef CLLM_STATE_FIELD
       rows, width, capacity, context_width, eos_count};
   cpu::converge({pointer<const void>(logits), row_stride, position_stride, vocabulary, static_cast<DType>(dtype)},
-                state, static_cast<Mode>(mode), static_cast<Refill>(refill), threads);
+                state, static_cast<Mode>(mode), static_cast<Refill>(refill), inverse_temperature, threads);
 }
 
 std::vector<std::tuple<std::string, std::string, std::string>> state_fields() {

@@ -26,6 +26,9 @@ inline Philox4x32 philox4x32(Philox4x32 counter, uint32_t key0, uint32_t key1) {
   return counter;
 }
 
+// Third counter word of the noise of sampling ("JG").
+constexpr uint32_t noise_stream = 0x4A47;
+
 // The random word of a refilled draft: new token `token` of a row, draw number `draw`.
 inline uint32_t refill_draw(int64_t seed, int64_t token, int32_t draw) {
   constexpr uint32_t stream = 0x4A43;  // "JC", apart from other uses of the same key

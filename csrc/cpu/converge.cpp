@@ -33,7 +33,8 @@ void check_row(const JacobiState& state, int64_t row) {
 
 }  // namespace
 
-void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, int threads) {
+void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
+              int threads) {
   std::vector<int64_t> running;
   for (int64_t row = 0; row < state.rows; ++row)
     if (state.done[row] == 0) {
@@ -50,11 +51,17 @@ void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill 
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (parallel && threads > 1)
   for (int64_t task = 0; task < tasks; ++task) {
     const int64_t position = task / splits, begin = task % splits * split_logits;
-    const int64_t offset =
-        running[position / n] * logits.row_stride + position % n * logits.position_stride + begin;
-    found[task] = run.argmax(static_cast<const char*>(logits.data) + offset * element_size,
-                             std::min(split_logits, logits.vocabulary - begin), logits.dtype);
-    found[task].index += begin;
+    const int64_t row = running[position / n], i = position % n;
+    const int64_t offset = row * logits.row_stride + i * logits.position_stride + begin;
+    const char* values = static_cast<const char*>(logits.data) + offset * element_size;
+    const int64_t count = std::min(split_logits, logits.vocabulary - begin);
+    if (inverse_temperature == 0) {
+      found[task] = run.argmax(values, count, logits.dtype);
+      found[task].index += begin;
+    } else {
+      const Noise noise{inverse_temperature, state.seeds[row], static_cast<int32_t>(state.produced[row] + i)};
+      found[task] = run.sample(values, begin, count, logits.dtype, noise);
+    }
   }
 
   int64_t first_broken = -1;

@@ -3,6 +3,7 @@
 
 #include "argmax.h"
 #include "attention_tile.h"
+#include "sample.h"
 
 #define CLLM_JOIN_(a, b) a##b
 #define CLLM_JOIN(a, b) CLLM_JOIN_(a, b)
@@ -41,8 +42,17 @@ Best argmax_any(const void* values, int64_t count, DType dtype) {
   }
 }
 
+Best sample_any(const void* values, int64_t first, int64_t count, DType dtype, const Noise& noise) {
+  switch (dtype) {
+    case DType::bf16: return sample(static_cast<const bf16_t*>(values), first, count, noise);
+    case DType::f16: return sample(static_cast<const f16_t*>(values), first, count, noise);
+    default: return sample(static_cast<const float*>(values), first, count, noise);
+  }
+}
+
 }  // namespace
 
-const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any, argmax_any};
+const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any, argmax_any,
+                                               sample_any};
 
 }  // namespace cllm::cpu

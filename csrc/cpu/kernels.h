@@ -25,6 +25,13 @@ struct Best {
   bool nan;
 };
 
+// What a sample of one position takes: see converge.py.
+struct Noise {
+  float inverse_temperature;
+  int64_t seed;
+  int32_t token;
+};
+
 struct Kernels {
   // Floats of scratch memory, 64-byte aligned, that `attend` and `merge` need.
   size_t (*scratch_size)(const AttentionParams&, int64_t count);
@@ -34,6 +41,9 @@ struct Kernels {
   void (*merge)(const AttentionParams&, const AttentionTask& first, int64_t splits);
   // The largest of `count` values and its lowest index.
   Best (*argmax)(const void* values, int64_t count, DType dtype);
+  // The same of values / temperature + noise; the values are entries [first, first + count) of the vocabulary, `first`
+  // a multiple of 64.
+  Best (*sample)(const void* values, int64_t first, int64_t count, DType dtype, const Noise& noise);
 };
 
 extern const Kernels kernels_baseline;

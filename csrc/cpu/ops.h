@@ -8,6 +8,8 @@ namespace cllm::cpu {
 
 void block_attention(const AttentionParams& params, int threads);
 void append_kv(const AppendParams& params, int threads);
-void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, int threads);
+// inverse_temperature 0: greedy.
+void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
+              int threads);
 
 }  // namespace cllm::cpu

@@ -34,7 +34,7 @@ def source(kernel, element, constants):
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        if name in ("scale", "cap"):
+        if name in ("scale", "cap", "inverse_temperature"):
             signature[name] = "fp32"
             continue
         if name in ("query", "key_cache", "value_cache", "key", "value", "out", "logits"):
@@ -75,8 +75,10 @@ def cases():
         constants = dict(DIM=dim, VALUE_DIM=dim, PAD=pad, VALUE_PAD=pad, TOKENS=append_kv.TOKENS)
         yield f"append D={dim}", append_kv._append, "bf16", constants, 4, 3, dim == 128
     for element in ELEMENTS:
-        constants = dict(SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK)
-        yield f"argmax {element}", converge._argmax, element, constants, configs.ARGMAX_WARPS, 3, True
+        for sample in (False, True):
+            constants = dict(SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK, SAMPLE=sample)
+            name = f"{'sample' if sample else 'argmax'} {element}"
+            yield name, converge._argmax, element, constants, configs.ARGMAX_WARPS, 3, True
     for rows, width, block_mode, context in ((1, 16, False, True), (64, 16, True, False), (8, 128, False, True)):
         constants = dict(ROWS=configs.converge_rows(width, rows), WIDTH=width, BLOCK_MODE=block_mode, CONTEXT=context)
         yield f"converge n={width} B={rows}", converge._converge, "bf16", constants, 4, 3, True

@@ -8,13 +8,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cllm_kernels.ops import JacobiState, converge_
+from cllm_kernels.ops.philox import gumbel, noise_words
 from cllm_kernels.ops.state_fields import FIELDS, READ_ONLY
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def philox(counter, key):
-    """First word of Philox4x32-10, with Python's integers."""
+    """Philox4x32-10 with Python's integers."""
     for _ in range(10):
         product0, product1 = 0xD2511F53 * counter[0], 0xCD9E8D57 * counter[2]
         counter = [
@@ -24,7 +25,7 @@ def philox(counter, key):
             product0 & 0xFFFFFFFF,
         ]
         key = [(key[0] + 0x9E3779B9) & 0xFFFFFFFF, (key[1] + 0xBB67AE85) & 0xFFFFFFFF]
-    return counter[0]
+    return counter
 
 
 def oracle(logits, state, mode, refill):
@@ -102,7 +103,7 @@ def oracle(logits, state, mode, refill):
             else:
                 seed = after["seeds"][row] & 0xFFFFFFFFFFFFFFFF
                 token = after["produced"][row] + j - 1
-                random = philox([token, 0, 0x4A43, after["iterations"][row]], [seed & 0xFFFFFFFF, seed >> 32])
+                random = philox([token, 0, 0x4A43, after["iterations"][row]], [seed & 0xFFFFFFFF, seed >> 32])[0]
                 start = after["context_start"][row]
                 after["window"][row][j] = after["context"][row][start + random % (len(after["context"][row]) - start)]
     after["status"] = [after["done"].count(0), 0]
@@ -163,7 +164,7 @@ def test_equals_the_oracle(backend, seed, rows, width, vocabulary, eos, limit, m
     for _ in range(2 if backend == "triton" else 6):  # the interpreter is slow
         logits = agreeable_logits(generator, state, vocabulary, dtype)
         want = oracle(logits, state, mode, refill)
-        converge_(logits, state, mode, refill, backend)
+        converge_(logits, state, mode, refill, backend=backend)
         assert_state(state, want)
 
 
@@ -193,7 +194,7 @@ def test_walkthrough(backend):
 
     def step(*predicted, mode="window"):
         logits = torch.nn.functional.one_hot(torch.tensor([predicted]), 10).float()
-        converge_(logits, state, mode, "last", backend)
+        converge_(logits, state, mode, "last", backend=backend)
 
     state.window.copy_(torch.tensor([[5, 1, 2, 3]]))
     step(1, 4, 3, 8)  # 1 is right, 2 is not: commit 1, 4
@@ -243,6 +244,105 @@ def test_nan(dtype, place, vocabulary, backend):
     assert state.status.tolist() == [3, 2]
 
 
+def noise_word(seed, token, entry):
+    counter = [entry // 64 * 16 + entry % 16, 0, 0x4A47, token]
+    return philox(counter, [seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF])[entry // 16 % 4]
+
+
+def test_noise_is_what_the_specification_says():
+    seeds, tokens = torch.tensor([-5, 2**40 + 3]), torch.tensor([[0, 1, 7], [3, 2**20, 0]])
+    words = noise_words(seeds, tokens, 150)
+    for row in range(2):
+        for i in range(3):
+            want = [noise_word(seeds[row].item(), tokens[row, i].item(), entry) for entry in range(150)]
+            assert words[row, i].tolist() == want
+    words = torch.cat((words.flatten(), torch.tensor([0, 1, 2**22 - 1, 2**22, 2**31, 2**32 - 1])))
+    exact = (words.double() + 0.5) / 2**32
+    # 1 - u is rounded to a multiple of 2^-24, which for u near 2^-10 is some 2^-15 of it.
+    assert torch.allclose(gumbel(words).double(), -(-(1 - exact).clamp(min=2.0**-25).log()).log(), atol=5e-5, rtol=0)
+
+
+def sampled(logits, seeds, produced, temperature, backend):
+    """The op's predictions [B, n], drawn out of it by drafts that agree."""
+    rows, width, _ = logits.shape
+    state = JacobiState.create(torch.ones(rows, 1, dtype=torch.int64), limits=1000, block_size=width, seeds=seeds)
+    tokens = torch.full((rows, width), -1)
+    for i in range(width):
+        # One accepted more each time; the row then goes back.
+        for name in ("output", "lengths", "iterations"):
+            getattr(state, name).zero_()
+        state.produced.fill_(produced)
+        state.window[:, 1 : i + 1] = tokens[:, :i]
+        state.window[:, i + 1 :] = -1
+        converge_(logits, state, "window", "last", temperature, backend)
+        assert state.produced.tolist() == [produced + i + 1] * rows
+        tokens[:, i] = state.output[:, produced + i]
+    return tokens
+
+
+SHAPES = {"small": (3, 4, 33), "blocks": (1, 3, 2500), "splits": (1, 2, 70001)}
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples(dtype, shape, spread, backend):
+    """The largest perturbed logit wins: up to rounding, no other one is larger."""
+    rows, width, vocabulary = SHAPES[shape]
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (torch.randn(rows, width, vocabulary, generator=generator) * spread).to(dtype)
+    logits[0, 0, ::2] = -math.inf
+    seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+    temperature, produced = 0.7, 11
+    tokens = sampled(logits, seeds, produced, temperature, backend)
+    words = noise_words(seeds, produced + torch.arange(width).expand(rows, -1), vocabulary)
+    perturbed = logits.double() / temperature + gumbel(words)
+    short = perturbed.amax(-1) - perturbed.gather(-1, tokens[..., None])[..., 0]
+    assert short.max() <= 1e-5 * (1 + spread)
+
+
+def test_sampling_keeps_infinities_and_their_ties(backend):
+    logits = torch.zeros(1, 3, 3000)
+    logits[0, 0] = -math.inf
+    logits[0, 1, [1500, 2999]] = math.inf
+    logits[0, 2] = -math.inf
+    logits[0, 2, 2049] = -80.0
+    assert sampled(logits, 3, 0, 1.0, backend).tolist() == [[0, 1500, 2049]]
+
+
+def test_samples_are_distributed_as_the_softmax(backend):
+    """Chi-square over positions and seeds, against a table: 99.99 % of 7 degrees of freedom lie below 29.9."""
+    if backend == "triton":
+        pytest.skip("test_samples shows that Triton draws what the reference draws; its interpreter is too slow for more")
+    probabilities = torch.tensor([0.3, 0.25, 0.2, 0.1, 0.08, 0.05, 0.015, 0.005])
+    rows, width = 400, 16
+    logits = (probabilities.log() * 1.5 + 4).expand(rows, width, -1)
+    tokens = sampled(logits, torch.arange(rows) * 2**32 + 7, 0, 1.5, backend)
+    expected = probabilities * tokens.numel()
+    counts = tokens.flatten().bincount(minlength=8)
+    assert ((counts - expected) ** 2 / expected).sum() < 29.9
+    # Neighbouring positions, and neighbouring rows, are independent: their pairs fill the table of products.
+    for pairs in (tokens[:, :-1] * 8 + tokens[:, 1:], tokens[:-1] * 8 + tokens[1:]):
+        expected = torch.outer(probabilities, probabilities).flatten() * pairs.numel()
+        counts = pairs.flatten().bincount(minlength=64)
+        large = expected >= 5
+        freedom = int(large.sum())
+        statistic = ((counts - expected) ** 2 / expected)[large].sum()
+        assert statistic < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("place", [0, 40, -1])
+def test_sampling_refuses_nan(place, backend):
+    state = random_state(torch.Generator().manual_seed(2), 2, 3, 5)
+    state.limits.fill_(20)
+    before = state.clone()
+    logits = torch.zeros(2, 3, 5000)
+    logits[1, 2, place] = math.nan
+    with pytest.raises(ValueError, match="row 1 at window position 2 hold NaN"):
+        converge_(logits, state, temperature=0.5, backend=backend)
+    assert torch.equal(state.output, before.output) and state.status.tolist() == [2, 1]
+
+
 def test_strides(backend):
     state = random_state(torch.Generator().manual_seed(3), 2, 5, 9)
     other = state.clone()
@@ -254,10 +354,11 @@ def test_strides(backend):
     assert all(torch.equal(a, b) for a, b in zip(state.tensors(), other.tensors()))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("mode", ["window", "block"])
-def test_opcheck(mode, backend):
+def test_opcheck(mode, temperature, backend):
     state = random_state(torch.Generator().manual_seed(4), 2, 3, 9, eos=[2])
-    arguments = (torch.randn(2, 3, 9), *state.tensors(), mode, "context", backend)
+    arguments = (torch.randn(2, 3, 9), *state.tensors(), mode, "context", temperature, backend)
     torch.library.opcheck(torch.ops.cllm_kernels.converge_.default, arguments)
 
 
@@ -270,6 +371,10 @@ BAD = {
     "logits is on meta": lambda s: {"logits": torch.zeros(2, 3, 9, device="meta")},
     "mode is 'blocks'": lambda s: {"mode": "blocks"},
     "refill is 'random'": lambda s: {"refill": "random"},
+    "temperature is -0.5; it must be 0 ": lambda s: {"temperature": -0.5},
+    "temperature is inf": lambda s: {"temperature": math.inf},
+    "temperature is nan": lambda s: {"temperature": math.nan},
+    "temperature is 1e-40": lambda s: {"temperature": 1e-40},
     "backend is 'c'": lambda s: {"backend": "c"},
     "row 1 has produced = 30 and limit = 20": lambda s: s.produced[1].fill_(30),
     "row 0 has produced = -1": lambda s: s.produced[0].fill_(-1),

@@ -9,6 +9,7 @@ from test_converge import agreeable_logits, assert_state, oracle, random_state
 
 from cllm_kernels import backends
 from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_
+from cllm_kernels.ops.philox import gumbel, noise_words
 from cllm_kernels.ops.state_fields import FIELDS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -124,9 +125,24 @@ def test_converge_equals_the_oracle(seed, mode, refill, gpu_backend):
         logits = agreeable_logits(generator, state, vocabulary, DTYPES[seed % 3])
         want = oracle(logits, state, mode, refill)
         on_gpu = to_gpu(state)
-        converge_(logits.to(CUDA), on_gpu, mode, refill, gpu_backend)
+        converge_(logits.to(CUDA), on_gpu, mode, refill, backend=gpu_backend)
         state = JacobiState(*(tensor.cpu() for tensor in on_gpu.tensors()))
         assert_state(state, want)
+
+
+@pytest.mark.parametrize("vocabulary", [33, 2500, 152064])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_samples(dtype, vocabulary, gpu_backend):
+    """The token that the reference draws, or one within rounding of it."""
+    seeds = torch.arange(4) * 2**32 + 5
+    state = JacobiState.create(torch.ones(4, 1, dtype=torch.int64), limits=9, block_size=1, seeds=seeds)
+    logits = (torch.randn(4, 1, vocabulary) * 3).to(dtype)
+    on_gpu = to_gpu(state)
+    for t in range(9):
+        converge_(logits.to(CUDA), on_gpu, refill="last", temperature=0.7, backend=gpu_backend)
+        perturbed = logits.double() / 0.7 + gumbel(noise_words(seeds, torch.full((4, 1), t), vocabulary))
+        token = on_gpu.output[:, t].cpu()[:, None, None]
+        assert (perturbed.amax(-1) - perturbed.gather(-1, token)[..., 0]).max() < 2e-5
 
 
 def test_nan_stops_all_rows(gpu_backend):
