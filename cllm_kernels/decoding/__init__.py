@@ -3,6 +3,7 @@
 from .cache import JacobiCache
 from .config import JacobiConfig
 from .loop import Decoded, decode
+from .processing import Processing, Stopping, is_stateful
 from .statistics import JacobiStatistics, RowStatistics
 
-__all__ = ["Decoded", "JacobiCache", "JacobiConfig", "JacobiStatistics", "RowStatistics", "decode"]
+__all__ = ["Decoded", "JacobiCache", "JacobiConfig", "JacobiStatistics", "Processing", "RowStatistics", "Stopping", "decode", "is_stateful"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 MODES = ("window", "block")
-DRAFTS = ("context", "last")
+DRAFTS = ("context", "last", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class JacobiConfig:
-    """Options of Jacobi decoding. No option changes the tokens that come out, only how fast they come.
+    """Options of Jacobi decoding. None but the seed changes the tokens that come out, only how fast they come.
 
     Attributes:
         block_size: width n of the window: tokens per forward and the most that one forward can commit.
@@ -18,8 +18,11 @@ class JacobiConfig:
             on n positions. ``"block"`` runs a block of n tokens to its fixed point before it starts the next
             one, as the paper does (Kou et al. 2024, arXiv 2403.00835, algorithm 1).
         draft: where new draft tokens come from: ``"context"`` draws tokens of the prompt at random (the
-            paper), ``"last"`` repeats the last prediction of the window.
-        seed: of the draws.
+            paper), ``"last"`` repeats the last prediction of the window. ``"none"`` decodes one token at a
+            time, whatever the block size: the autoregressive loop of this package.
+        seed: of sampled tokens and of random drafts, in [0, 2**32), or one for each row. With a single number, rows
+            get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
+            tokens are sampled a draw from torch's global generator.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
 
@@ -30,7 +33,7 @@ class JacobiConfig:
     block_size: int = 16
     mode: str = "window"
     draft: str = "context"
-    seed: int = 0
+    seed: int | tuple[int, ...] | None = None
     backend: str = "auto"
     record_trajectory: bool = False
 
@@ -41,5 +44,18 @@ class JacobiConfig:
             raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.draft not in DRAFTS:
             raise ValueError(f"draft is {self.draft!r}; it must be one of {', '.join(DRAFTS)}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32)")
+        if isinstance(self.seed, list):
+            object.__setattr__(self, "seed", tuple(self.seed))
+        for seed in self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,):
+            if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+                raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32), or one for each row")
+
+    @property
+    def width(self) -> int:
+        """Tokens of a window."""
+        return 1 if self.draft == "none" else self.block_size
+
+    @property
+    def refill(self) -> str:
+        """What ``converge_`` fills the end of a window with."""
+        return "context" if self.draft == "context" else "last"

@@ -10,9 +10,10 @@ import torch
 
 from ..ops import JacobiState, converge_
 from .config import JacobiConfig
+from .processing import Processing, Stopping
 from .statistics import JacobiStatistics, RowStatistics
 
-_STOP_REASONS = {1: "eos", 2: "length"}
+_STOP_REASONS = {1: "eos", 2: "length", 3: "criterion"}
 
 Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 """``forward(input_ids [B, m], position_ids [B, m], keep) -> logits of the last positions [B, keep, V]``."""
@@ -26,11 +27,15 @@ class Decoded:
         tokens: a list of committed token ids for each row, EOS included.
         trajectory: for each row the windows it went through, ``[start, drafts]`` with ``start`` committed
             tokens and the n - 1 drafts that stood behind them; None unless the configuration asks for it.
+        scores, logits: float32 ``[B, V]`` for each new token, processed and as the model gave them, zeros for rows
+            that have ended; None unless asked for.
     """
 
     tokens: list[list[int]]
     statistics: JacobiStatistics
     trajectory: list[list[tuple[int, list[int]]]] | None
+    scores: tuple[torch.Tensor, ...] | None
+    logits: tuple[torch.Tensor, ...] | None
 
 
 def decode(
@@ -40,6 +45,10 @@ def decode(
     bounds: torch.Tensor,
     config: JacobiConfig,
     backend: str,
+    processing: Processing,
+    stopping: Stopping | None = None,
+    keep_scores: bool = False,
+    keep_logits: bool = False,
     max_position: int | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
 ) -> Decoded:
@@ -56,6 +65,9 @@ def decode(
         bounds: int32 ``[2, B]``: valid cache rows (the storage of ``state.lengths``) and padding tokens
             before each row's prompt.
         backend: of ``converge_``, resolved.
+        processing: of the logits.
+        stopping: criteria besides EOS and length; None for none.
+        keep_scores, keep_logits: whether to return them.
         max_position: highest position id that the model can take; drafts behind it never get committed, so
             their positions are clamped. None for no limit.
         on_commit: called with the newly committed tokens of row 0 after every iteration.
@@ -63,7 +75,7 @@ def decode(
     Raises:
         ValueError: the model gave NaN logits.
     """
-    n = config.block_size
+    n = config.width
     width = prompt.shape[1]
     lengths, starts = bounds.unbind()
     limit = torch.iinfo(torch.int64).max if max_position is None else max_position
@@ -81,6 +93,32 @@ def decode(
             on_commit(state.output[0, streamed:produced].tolist())
             streamed = produced
 
+    kept_scores = _Kept(state) if keep_scores else None
+    kept_logits = _Kept(state) if keep_logits else None
+    looks = stopping is not None or keep_scores or keep_logits
+
+    def advance(logits: torch.Tensor) -> int:
+        scores = processing(logits, state)
+
+        def converge() -> None:
+            converge_(
+                scores, state, mode=config.mode, refill=config.refill, temperature=processing.temperature, backend=backend
+            )
+
+        if looks:
+            produced = state.produced.tolist()
+            before = state.clone() if stopping is not None else None
+            converge()
+            for kept, values in ((kept_scores, scores), (kept_logits, logits)):
+                if kept is not None:
+                    kept.add(values, produced)
+            if stopping is not None:
+                _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns()), state, before, converge)
+        else:
+            converge()
+        stream()
+        return int(state.status[0])
+
     begin = time.perf_counter()
     record()
     input_ids = torch.cat((prompt[:, :-1], state.window), dim=1)
@@ -88,9 +126,7 @@ def decode(
     lengths.zero_()
     logits = forward(input_ids, positions.clamp_(0, limit), n)
     lengths.fill_(width - 1)
-    converge_(logits, state, mode=config.mode, refill=config.draft, backend=backend)
-    stream()
-    running = int(state.status[0])
+    running = advance(logits)
     prefilled = time.perf_counter()
 
     forwards = 1
@@ -99,11 +135,8 @@ def decode(
     while running:
         record()
         torch.add(offsets, lengths[:, None], out=positions)
-        logits = forward(state.window, positions.clamp_(max=limit), n)
-        converge_(logits, state, mode=config.mode, refill=config.draft, backend=backend)
+        running = advance(forward(state.window, positions.clamp_(max=limit), n))
         forwards += 1
-        stream()
-        running = int(state.status[0])
     end = time.perf_counter()
 
     produced = state.produced.tolist()
@@ -118,9 +151,55 @@ def decode(
             backend=backend,
             prefill_seconds=prefilled - begin,
             decode_seconds=end - prefilled,
+            processor_calls=processing.calls,
+            processor_seconds=processing.seconds,
         ),
         trajectory=_trajectory(records, len(produced)) if config.record_trajectory else None,
+        scores=kept_scores and kept_scores.columns(),
+        logits=kept_logits and kept_logits.columns(),
     )
+
+
+def _stop(
+    stops: dict[int, int], state: JacobiState, before: JacobiState, converge: Callable[[], None]
+) -> None:
+    """Ends rows after so many new tokens. Where a step committed more, it is taken again with that limit."""
+    if not stops:
+        return
+    produced = state.produced.tolist()
+    if any(count < produced[row] for row, count in stops.items()):
+        for tensor, old in zip(state.tensors(), before.tensors(), strict=True):
+            tensor.copy_(old)
+        for row, count in stops.items():
+            state.limits[row] = min(count, int(state.limits[row]))
+        converge()
+    for row in stops:
+        if state.done[row] != 1:
+            state.done[row] = 3
+    state.status[0] = (state.done == 0).sum()
+
+
+class _Kept:
+    """Scores or logits of the committed tokens, for each row."""
+
+    def __init__(self, state: JacobiState):
+        self.state = state
+        self.rows: list[list[torch.Tensor]] = [[] for _ in range(state.rows)]
+
+    def add(self, values: torch.Tensor, before: list[int]) -> None:
+        """values ``[B, n, V]`` of a step; before: ``produced`` before it."""
+        for row, (old, new) in enumerate(zip(before, self.state.produced.tolist(), strict=True)):
+            if new > old:
+                self.rows[row].extend(values[row, : new - old].to(torch.float32, copy=True).unbind())
+
+    def columns(self) -> tuple[torch.Tensor, ...]:
+        """One ``[B, V]`` for each token of the longest row; what was not committed in the end is left out."""
+        produced = self.state.produced.tolist()
+        blank = torch.zeros_like(next(row[0] for row in self.rows if row))
+        return tuple(
+            torch.stack([row[t] if t < count else blank for row, count in zip(self.rows, produced, strict=True)])
+            for t in range(max(produced))
+        )
 
 
 def _row_statistics(state: JacobiState) -> tuple[RowStatistics, ...]:

@@ -20,7 +20,7 @@ class RowStatistics:
             is *fast-forwarded* if the correct prefix of the predictions reached it in the same forward as
             another token before it, and *stationary* if its prediction was right, and stayed so, before
             the correct prefix reached it. The verifying pass counts in neither.
-        stopped_by: ``"eos"`` or ``"length"``.
+        stopped_by: ``"eos"``, ``"length"`` or ``"criterion"``.
     """
 
     tokens: int
@@ -48,6 +48,7 @@ class JacobiStatistics:
         backend: of the ops, resolved.
         prefill_seconds: wall clock up to the end of the first forward's convergence check.
         decode_seconds: wall clock of all later iterations.
+        processor_calls, processor_seconds: calls of logits processors, and the wall clock that they took of the above.
     """
 
     rows: tuple[RowStatistics, ...]
@@ -58,6 +59,8 @@ class JacobiStatistics:
     backend: str
     prefill_seconds: float
     decode_seconds: float
+    processor_calls: int
+    processor_seconds: float
 
     @property
     def tokens(self) -> int:

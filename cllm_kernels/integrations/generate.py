@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -11,11 +12,17 @@ from collections.abc import Callable, Iterator
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
-from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerateDecoderOnlyOutput,
+    MaxLengthCriteria,
+    StopStringCriteria,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
-from ..decoding import Decoded, JacobiCache, JacobiConfig, JacobiStatistics, decode
+from ..decoding import Decoded, JacobiCache, JacobiConfig, JacobiStatistics, Processing, Stopping, decode, is_stateful
 from ..ops import JacobiState
 from .attention import as_mask, block_attention_enabled
 
@@ -24,9 +31,7 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 # Options of generate that would change what comes out, with the values under which they do not.
 _ALLOWED = {
-    "do_sample": (None, False),
     "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
     "penalty_alpha": (None,),
     "dola_layers": (None,),
     "prompt_lookup_num_tokens": (None,),
@@ -35,10 +40,10 @@ _ALLOWED = {
     "token_healing": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
     "use_cache": (None, True),
 }
+# The loop itself does what these do.
+_OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 # Arguments of generate that never reach a custom_generate callable, so they are looked at before.
 _REFUSED_ARGUMENTS = (
     "assistant_model",
@@ -48,10 +53,7 @@ _REFUSED_ARGUMENTS = (
     "negative_prompt_attention_mask",
     "negative_prompt_ids",
     "past_key_values",
-    "prefix_allowed_tokens_fn",
-    "stop_strings",
     "synced_gpus",
-    "tokenizer",
 )
 
 
@@ -61,6 +63,8 @@ class JacobiOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         sequences: int64 ``[B, P + N]``, prompt and new tokens, padded behind each row's EOS.
+        scores, logits: a float32 ``[B, V]`` for each new token, processed and as the model gave them, where
+            ``output_scores`` and ``output_logits`` ask for them; zeros for rows that have ended.
         statistics: counts and times of the run.
         trajectory: see :class:`cllm_kernels.decoding.Decoded`; None unless recorded.
     """
@@ -79,14 +83,15 @@ def jacobi_generate(
     block_size: int = JacobiConfig.block_size,
     mode: str = JacobiConfig.mode,
     draft: str = JacobiConfig.draft,
-    seed: int = JacobiConfig.seed,
+    seed: int | tuple[int, ...] | None = JacobiConfig.seed,
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
+    generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
     **model_kwargs,
 ) -> JacobiOutput | torch.Tensor:
-    """Greedy Jacobi decoding as a ``custom_generate`` callable of transformers.
+    """Jacobi decoding, greedy or sampled, as a ``custom_generate`` callable of transformers.
 
     ``model.generate(**inputs, custom_generate=jacobi_generate, block_size=16)`` works on any causal LM that
     honours the attention and cache interfaces of transformers, without a patch. The options are those of
@@ -94,9 +99,18 @@ def jacobi_generate(
     it as ``text_streamer`` here (:class:`JacobiGenerator` and ``decoding="jacobi"`` take ``streamer``).
     ``on_commit`` is called after every iteration with the tokens that it committed. Both take one sequence.
 
+    ``do_sample=True`` draws each token with noise that its seed, its row and its place alone decide (see
+    :func:`cllm_kernels.ops.converge_`), so that every window gives the tokens that one token at a time
+    (``draft="none"``) gives; they are distributed as generate's, but are not the ones that generate draws. The seed is
+    ``seed``, or drawn from ``generator``, or from torch's global generator.
+
+    Logits processors must be functions of their two arguments; one that remembers its calls has to say so by an
+    attribute ``stateful = True``, and is served by a window of one token. Stopping criteria are asked for every
+    committed token. Where no EOS token is set, rows that a criterion has ended are padded too.
+
     Returns:
         int64 ``[B, P + N]``, or :class:`JacobiOutput` where ``return_dict_in_generate`` is set. In fp32 the
-        tokens are those of ``generate(do_sample=False)``.
+        tokens are those of ``generate(do_sample=False)`` unless they are sampled.
 
     Raises:
         ValueError: the prompt, an option or the logits are not what they must be.
@@ -105,13 +119,28 @@ def jacobi_generate(
     """
     config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory)
     _check_model(model)
-    _check_options(generation_config, logits_processor, stopping_criteria)
+    _check_options(generation_config, logits_processor or [])
+    sampling = bool(generation_config.do_sample)
     pads = _check_inputs(input_ids, model_kwargs)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
     max_position = _check_lengths(model, input_ids, pads, max_new_tokens, config)
     if (text_streamer or on_commit) is not None and input_ids.shape[0] > 1:
         raise ValueError(f"streamer and on_commit take one sequence; this batch has {input_ids.shape[0]} rows")
+    seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
     chosen = resolve(config.backend, model.device)
+    if is_stateful(logits_processor or []):
+        config = dataclasses.replace(config, draft="none")
+    returns_dict = bool(generation_config.return_dict_in_generate)
+    keep_scores = returns_dict and bool(generation_config.output_scores)
+    prompt = input_ids.to(model.device)
+    criteria = [criterion for criterion in stopping_criteria or () if not isinstance(criterion, _OWN_CRITERIA)]
+    options = dict(
+        processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
+        stopping=Stopping(criteria, prompt) if criteria else None,
+        keep_scores=keep_scores,
+        keep_logits=returns_dict and bool(generation_config.output_logits),
+        max_position=max_position,
+    )
 
     eos = generation_config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
@@ -124,15 +153,7 @@ def jacobi_generate(
         stack.enter_context(block_attention_enabled(model, chosen))
         stack.enter_context(torch.inference_mode())
         decoded = _decode(
-            model,
-            input_ids.to(model.device),
-            pads,
-            eos,
-            max_new_tokens,
-            config,
-            chosen,
-            max_position,
-            on_commit,
+            model, prompt, pads, eos, max_new_tokens, seeds, config, chosen, on_commit=on_commit, **options
         )
 
     pad = generation_config.pad_token_id
@@ -141,9 +162,15 @@ def jacobi_generate(
     width = max(map(len, decoded.tokens))
     new = torch.tensor([row + [pad] * (width - len(row)) for row in decoded.tokens], device=input_ids.device)
     sequences = torch.cat((input_ids, new), dim=1)
-    if not generation_config.return_dict_in_generate:
+    if not returns_dict:
         return sequences
-    return JacobiOutput(sequences=sequences, statistics=decoded.statistics, trajectory=decoded.trajectory)
+    return JacobiOutput(
+        sequences=sequences,
+        scores=decoded.scores,
+        logits=decoded.logits,
+        statistics=decoded.statistics,
+        trajectory=decoded.trajectory,
+    )
 
 
 class JacobiGenerator:
@@ -172,10 +199,10 @@ class JacobiGenerator:
         self.trajectory: list | None = None
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> JacobiOutput | torch.Tensor:
-        """Takes what ``model.generate`` takes, greedy, and returns what it returns.
+        """Takes what ``model.generate`` takes, and returns what it returns.
 
-        Fields of :class:`JacobiConfig` given here override the configuration for this call. Raises as
-        :func:`jacobi_generate` does.
+        Fields of :class:`JacobiConfig` given here override the configuration for this call; ``generator`` is that of
+        :func:`jacobi_generate`. Raises as that does.
         """
         names = [field.name for field in dataclasses.fields(JacobiConfig)]
         config = dataclasses.replace(self.config, **{name: kwargs.pop(name) for name in names if name in kwargs})
@@ -188,23 +215,45 @@ class JacobiGenerator:
             raise ValueError(f"the prompt has shape {shape}; it must be a tensor [batch, length] with at least one token a row")
         if kwargs.get("attention_mask") is not None:
             _check_mask_shape(kwargs["attention_mask"], prompt)  # generate drops a mask of ones, whatever its shape
+        tokenizer = kwargs.pop("tokenizer", None)
+        given = kwargs.get("generation_config")
+        sources = [kwargs.pop("stop_strings", None), *(c.stop_strings for c in (given, self.model.generation_config) if c)]
+        stop_strings = next((strings for strings in sources if strings is not None), None)
+        if stop_strings is not None:
+            if tokenizer is None:
+                raise ValueError("stop_strings need the model's tokenizer: pass it as tokenizer=")
+            criterion = StopStringCriteria(tokenizer, stop_strings)
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), criterion])
+            if given is not None:
+                kwargs["generation_config"] = _without_stop_strings(given)
         returns_dict = kwargs.pop("return_dict_in_generate", None)
-        given = kwargs.get("generation_config") or self.model.generation_config
-        output = type(self.model).generate(
-            self.model,
-            inputs,
-            return_dict_in_generate=True,
-            custom_generate=functools.partial(
-                jacobi_generate, **dataclasses.asdict(config),
-                text_streamer=kwargs.pop("streamer", None),
-                on_commit=kwargs.pop("on_commit", None),
-            ),
-            **kwargs,
+        call = functools.partial(
+            jacobi_generate,
+            **dataclasses.asdict(config),
+            generator=kwargs.pop("generator", None),
+            text_streamer=kwargs.pop("streamer", None),
+            on_commit=kwargs.pop("on_commit", None),
         )
+        # generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without.
+        own = self.model.generation_config
+        try:
+            if own.stop_strings is not None:
+                self.model.generation_config = _without_stop_strings(own)
+            output = type(self.model).generate(
+                self.model, inputs, return_dict_in_generate=True, custom_generate=call, **kwargs
+            )
+        finally:
+            self.model.generation_config = own
         self.statistics, self.trajectory = output.statistics, output.trajectory
         if returns_dict is None:
-            returns_dict = given.return_dict_in_generate
+            returns_dict = (given or own).return_dict_in_generate
         return output if returns_dict else output.sequences
+
+
+def _without_stop_strings(config: GenerationConfig) -> GenerationConfig:
+    config = copy.deepcopy(config)
+    config.stop_strings = None
+    return config
 
 
 class _Generate:
@@ -264,27 +313,36 @@ def _check_model(model: PreTrainedModel) -> None:
         raise NotImplementedError(f"the cache of {name} cannot roll back{detail}, which Jacobi decoding needs")
 
 
-def _check_options(
-    generation_config: GenerationConfig | None,
-    logits_processor: LogitsProcessorList | None,
-    stopping_criteria: StoppingCriteriaList | None,
-) -> None:
+def _check_options(generation_config: GenerationConfig | None, processors: LogitsProcessorList | list) -> None:
     if generation_config is None:
         raise ValueError("call this through generate(custom_generate=jacobi_generate), which prepares the generation config")
     for name, allowed in _ALLOWED.items():
         value = getattr(generation_config, name, None)
         if value not in allowed:
             raise NotImplementedError(f"generate's {name}={value!r} is not supported by Jacobi decoding; pass {name}={allowed[-1]!r}")
-    if logits_processor:
-        names = ", ".join(type(processor).__name__ for processor in logits_processor)
-        raise NotImplementedError(f"logits processors are not supported by Jacobi decoding yet: {names}")
-    others = [
-        type(criterion).__name__
-        for criterion in stopping_criteria or ()
-        if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria))
-    ]
-    if others:
-        raise NotImplementedError(f"stopping criteria other than length and EOS are not supported yet: {', '.join(others)}")
+    if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors):
+        raise NotImplementedError("generate's guidance_scale runs the model once more for every token, which Jacobi decoding does not")
+
+
+def _row_seeds(
+    seed: int | tuple[int, ...] | None, generator: torch.Generator | None, sampling: bool, rows: int
+) -> torch.Tensor:
+    """The Philox key of each row, int64 ``[B]``."""
+    if generator is not None:
+        if seed is not None:
+            raise ValueError("both seed and generator are given; pass one of them")
+        if not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator is a {type(generator).__name__}; it must be a torch.Generator")
+    if isinstance(seed, tuple):
+        if len(seed) != rows:
+            raise ValueError(f"there are {len(seed)} seeds for {rows} rows; pass one for each, or a single one")
+        return torch.tensor(seed)
+    if seed is None:
+        # Greedy decoding takes nothing from torch's generators: the seed then decides the first drafts only.
+        draws = sampling or generator is not None
+        device = generator.device if generator is not None else None
+        seed = int(torch.randint(2**32, (), generator=generator, device=device)) if draws else 0
+    return torch.arange(rows) * 2**32 + seed
 
 
 def _check_inputs(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
@@ -336,7 +394,7 @@ def _check_lengths(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need {longest + max_new_tokens} "
             f"positions; the model has {limit}"
         )
-    if config.block_size > limit:
+    if config.width > limit:
         raise ValueError(f"block_size is {config.block_size}; the model's cache holds at most {limit} positions")
     return limit - 1
 
@@ -347,10 +405,10 @@ def _decode(
     pads: torch.Tensor,
     eos: list[int],
     max_new_tokens: int,
+    seeds: torch.Tensor,
     config: JacobiConfig,
     backend: str,
-    max_position: int | None,
-    on_commit: Callable[[list[int]], None] | None,
+    **options,
 ) -> Decoded:
     rows, width = input_ids.shape
     device = input_ids.device
@@ -360,14 +418,14 @@ def _decode(
         prompt=input_ids,
         starts=pads,
         limits=max_new_tokens,
-        block_size=config.block_size,
+        block_size=config.width,
         eos=eos,
-        seeds=torch.arange(rows) * 2**32 + config.seed,
-        refill=config.draft,
+        seeds=seeds,
+        refill=config.refill,
     )
     bounds[0] = state.lengths
     state = dataclasses.replace(state, lengths=bounds[0])
-    cache = JacobiCache(bounds[0], width - 1 + max_new_tokens + config.block_size, backend)
+    cache = JacobiCache(bounds[0], width - 1 + max_new_tokens + config.width, backend)
     mask = as_mask(bounds)
     keeps = model._supports_logits_to_keep()
 
@@ -383,7 +441,7 @@ def _decode(
         )
         return outputs.logits[:, -keep:]
 
-    return decode(forward, state, input_ids, bounds, config, backend, max_position, on_commit)
+    return decode(forward, state, input_ids, bounds, config, backend, **options)
 
 
 def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | None, tokens: list[int]) -> None:

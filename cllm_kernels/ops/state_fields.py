@@ -15,7 +15,7 @@ FIELDS = (
     ("lengths", "int32", "B", "valid cache rows; the last committed token is not among them"),
     ("limits", "int32", "B", "most new tokens of the row, 0 <= limit <= T"),
     ("block_left", "int32", "B", "mode block: tokens of the block still to commit, 1..n; else n"),
-    ("done", "int32", "B", "0 running, 1 stopped by EOS, 2 stopped by its limit"),
+    ("done", "int32", "B", "0 running, 1 stopped by EOS, 2 by its limit, 3 by the caller"),
     ("iterations", "int32", "B", "forwards spent while the row was running"),
     ("accept_histogram", "int32", "B n+1", "iterations by accept length, after all clamps"),
     ("stationary", "int32", "B", "accepted drafts that stood right behind a wrong one"),
