@@ -9,7 +9,9 @@ from collections.abc import Callable
 import torch
 
 from ..ops import JacobiState, converge_
+from .adaptive import AdaptiveChoice
 from .config import JacobiConfig
+from .drafts import LookupDrafts
 from .processing import Processing, Stopping
 from .statistics import JacobiStatistics, RowStatistics
 
@@ -46,6 +48,7 @@ def decode(
     config: JacobiConfig,
     backend: str,
     processing: Processing,
+    choice: AdaptiveChoice | None = None,
     stopping: Stopping | None = None,
     keep_scores: bool = False,
     keep_logits: bool = False,
@@ -66,6 +69,7 @@ def decode(
             before each row's prompt.
         backend: of ``converge_``, resolved.
         processing: of the logits.
+        choice: what earlier calls learnt, where the configuration adapts; None begins anew.
         stopping: criteria besides EOS and length; None for none.
         keep_scores, keep_logits: whether to return them.
         max_position: highest position id that the model can take; drafts behind it never get committed, so
@@ -75,10 +79,14 @@ def decode(
     Raises:
         ValueError: the model gave NaN logits.
     """
-    n = config.width
     width = prompt.shape[1]
     lengths, starts = bounds.unbind()
     limit = torch.iinfo(torch.int64).max if max_position is None else max_position
+    windows = _Windows(state)
+    if config.adapts and choice is None:
+        choice = AdaptiveChoice(config.width, config.sources)
+    lookup = LookupDrafts(prompt, starts.tolist()) if "lookup" in config.sources else None
+    source = config.sources[0]
     records: list[tuple[torch.Tensor, ...]] = []
     streamed = 0
 
@@ -117,10 +125,15 @@ def decode(
         else:
             converge()
         stream()
+        if lookup is not None:
+            lookup.observe(state)
         return int(state.status[0])
 
     begin = time.perf_counter()
+    if source == "lookup":
+        lookup.propose_(state)
     record()
+    n = state.width
     input_ids = torch.cat((prompt[:, :-1], state.window), dim=1)
     positions = torch.arange(width - 1 + n, device=prompt.device) - starts[:, None]
     lengths.zero_()
@@ -130,12 +143,24 @@ def decode(
     prefilled = time.perf_counter()
 
     forwards = 1
+    steps = {(source, n): 1}
     offsets = torch.arange(n, device=prompt.device) - starts[:, None]
     positions = torch.empty_like(offsets)
     while running:
+        if choice is not None:
+            started = time.perf_counter()
+            source, n = choice.next()
+            state = windows.at(n)
+            produced = state.produced.tolist()
+        if source == "lookup":
+            lookup.propose_(state)
         record()
         torch.add(offsets, lengths[:, None], out=positions)
-        running = advance(forward(state.window, positions.clamp_(max=limit), n))
+        running = advance(forward(state.window, positions[:, :n].clamp_(max=limit), n))
+        if choice is not None:
+            accepted = [new - old for old, new in zip(produced, state.produced.tolist(), strict=True) if new > old]
+            choice.observe(accepted, time.perf_counter() - started)
+        steps[source, n] = steps.get((source, n), 0) + 1
         forwards += 1
     end = time.perf_counter()
 
@@ -143,9 +168,10 @@ def decode(
     return Decoded(
         tokens=[row[:count] for row, count in zip(state.output.tolist(), produced, strict=True)],
         statistics=JacobiStatistics(
-            rows=_row_statistics(state),
+            rows=_row_statistics(state, windows.accept_histogram()),
             forwards=forwards,
-            block_size=n,
+            steps=steps,
+            block_size=config.width,
             mode=config.mode,
             draft=config.draft,
             backend=backend,
@@ -179,6 +205,57 @@ def _stop(
     state.status[0] = (state.done == 0).sum()
 
 
+class _Windows:
+    """The state at every width that is used; all share everything but the window, what belongs to it and the histogram.
+
+    Attributes:
+        current: the state that decoding goes on with.
+    """
+
+    def __init__(self, state: JacobiState):
+        self.current = self.full = state
+        self._states = {state.width: state}
+        self._left_at = {}
+
+    def at(self, width: int) -> JacobiState:
+        """Goes on with a window of that width: narrower ones are cut off, wider ones get back what they had."""
+        old = self.current
+        if width == old.width:
+            return old
+        self._left_at[old.width] = old.produced.clone()
+        new = self._states.get(width)
+        if new is None:
+            new = self._states[width] = dataclasses.replace(
+                old,
+                block_left=torch.full_like(old.block_left, width),
+                accept_histogram=old.accept_histogram.new_zeros(old.rows, width + 1),
+                **{
+                    name: getattr(self.full, name)[:, :width].clone(memory_format=torch.contiguous_format)
+                    for name in ("window", "kept", "since")
+                },
+            )
+            self._left_at[width] = self._left_at[self.full.width]
+        if width > old.width:
+            # What the wider window held when it was left, moved on by what was committed since; it may be all wrong.
+            moved = new.produced - self._left_at[width]
+            columns = (torch.arange(width, device=moved.device) + moved[:, None]).clamp(max=width - 1)
+            new.window.copy_(new.window.gather(1, columns))
+            new.kept.zero_()
+            new.since.copy_((new.iterations + 1)[:, None].expand_as(new.since))
+        shared = min(width, old.width)
+        for name in ("window", "kept", "since"):
+            getattr(new, name)[:, :shared] = getattr(old, name)[:, :shared]
+        self.current = new
+        return new
+
+    def accept_histogram(self) -> torch.Tensor:
+        """int32 ``[B, n + 1]`` over all widths."""
+        total = torch.zeros_like(self.full.accept_histogram)
+        for width, state in self._states.items():
+            total[:, : width + 1] += state.accept_histogram
+        return total
+
+
 class _Kept:
     """Scores or logits of the committed tokens, for each row."""
 
@@ -202,11 +279,11 @@ class _Kept:
         )
 
 
-def _row_statistics(state: JacobiState) -> tuple[RowStatistics, ...]:
+def _row_statistics(state: JacobiState, accept_histogram: torch.Tensor) -> tuple[RowStatistics, ...]:
     columns = (
         state.produced,
         state.iterations,
-        state.accept_histogram,
+        accept_histogram,
         state.stationary,
         state.paper_iterations,
         state.paper_stationary,

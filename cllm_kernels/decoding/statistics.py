@@ -44,6 +44,7 @@ class JacobiStatistics:
     Attributes:
         rows: one entry a batch row.
         forwards: forwards of the model, the first one (prompt and first window) included.
+        steps: forwards by draft source and width of the window; more than one entry only where these adapt.
         block_size, mode, draft: as decoded with.
         backend: of the ops, resolved.
         prefill_seconds: wall clock up to the end of the first forward's convergence check.
@@ -53,6 +54,7 @@ class JacobiStatistics:
 
     rows: tuple[RowStatistics, ...]
     forwards: int
+    steps: dict[tuple[str, int], int]
     block_size: int
     mode: str
     draft: str

@@ -22,7 +22,17 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
-from ..decoding import Decoded, JacobiCache, JacobiConfig, JacobiStatistics, Processing, Stopping, decode, is_stateful
+from ..decoding import (
+    AdaptiveChoice,
+    Decoded,
+    JacobiCache,
+    JacobiConfig,
+    JacobiStatistics,
+    Processing,
+    Stopping,
+    decode,
+    is_stateful,
+)
 from ..ops import JacobiState
 from .attention import as_mask, block_attention_enabled
 
@@ -83,12 +93,14 @@ def jacobi_generate(
     block_size: int = JacobiConfig.block_size,
     mode: str = JacobiConfig.mode,
     draft: str = JacobiConfig.draft,
+    adaptive: bool = JacobiConfig.adaptive,
     seed: int | tuple[int, ...] | None = JacobiConfig.seed,
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
     generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
+    choices: dict[tuple, AdaptiveChoice] | None = None,
     **model_kwargs,
 ) -> JacobiOutput | torch.Tensor:
     """Jacobi decoding, greedy or sampled, as a ``custom_generate`` callable of transformers.
@@ -117,7 +129,7 @@ def jacobi_generate(
         NotImplementedError: the model or an option of generate is not supported.
         Whatever is raised, the model is left as it was.
     """
-    config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory)
+    config = JacobiConfig(block_size, mode, draft, adaptive, seed, backend, record_trajectory)
     _check_model(model)
     _check_options(generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
@@ -129,13 +141,18 @@ def jacobi_generate(
     seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
     chosen = resolve(config.backend, model.device)
     if is_stateful(logits_processor or []):
-        config = dataclasses.replace(config, draft="none")
+        config = dataclasses.replace(config, draft="none", adaptive=False)
+    choice = None
+    if config.adapts and choices is not None:
+        key = (config.width, config.sources, input_ids.shape[0])
+        choice = choices.setdefault(key, AdaptiveChoice(config.width, config.sources))
     returns_dict = bool(generation_config.return_dict_in_generate)
     keep_scores = returns_dict and bool(generation_config.output_scores)
     prompt = input_ids.to(model.device)
     criteria = [criterion for criterion in stopping_criteria or () if not isinstance(criterion, _OWN_CRITERIA)]
     options = dict(
         processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
+        choice=choice,
         stopping=Stopping(criteria, prompt) if criteria else None,
         keep_scores=keep_scores,
         keep_logits=returns_dict and bool(generation_config.output_logits),
@@ -197,6 +214,7 @@ class JacobiGenerator:
         self.config = config or JacobiConfig()
         self.statistics: JacobiStatistics | None = None
         self.trajectory: list | None = None
+        self._choices: dict[tuple, AdaptiveChoice] = {}
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> JacobiOutput | torch.Tensor:
         """Takes what ``model.generate`` takes, and returns what it returns.
@@ -233,6 +251,7 @@ class JacobiGenerator:
             generator=kwargs.pop("generator", None),
             text_streamer=kwargs.pop("streamer", None),
             on_commit=kwargs.pop("on_commit", None),
+            choices=self._choices,
         )
         # generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without.
         own = self.model.generation_config
