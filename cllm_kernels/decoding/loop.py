@@ -13,12 +13,10 @@ from .adaptive import AdaptiveChoice
 from .config import JacobiConfig
 from .drafts import LookupDrafts
 from .processing import Processing, Stopping
+from .session import Session, check_status, run_chunks, runs_on_device
 from .statistics import JacobiStatistics, RowStatistics
 
 _STOP_REASONS = {1: "eos", 2: "length", 3: "criterion"}
-
-Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""``forward(input_ids [B, m], position_ids [B, m], keep) -> logits of the last positions [B, keep, V]``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,10 +39,8 @@ class Decoded:
 
 
 def decode(
-    forward: Forward,
-    state: JacobiState,
+    session: Session,
     prompt: torch.Tensor,
-    bounds: torch.Tensor,
     config: JacobiConfig,
     backend: str,
     processing: Processing,
@@ -52,36 +48,31 @@ def decode(
     stopping: Stopping | None = None,
     keep_scores: bool = False,
     keep_logits: bool = False,
-    max_position: int | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
 ) -> Decoded:
-    """Decodes all rows of ``state`` to their end.
+    """Decodes all rows of the session's state to their end.
 
     The first forward holds the prompt and the first window together, so that even the prefill commits more
-    than one token where the drafts are right. On the CPU, the host reads one integer per iteration: how many
-    rows still run.
+    than one token where the drafts are right. On the CPU, the host reads two integers per iteration: how many
+    rows still run, and how many have NaN logits. On CUDA devices it reads them later, see :func:`run_chunks`, unless
+    an option needs the host in every iteration.
 
     Args:
-        forward: the model. It writes its keys and values at the cache rows behind ``bounds[0]``.
-        state: made by ``JacobiState.create`` for this prompt, with drafts drawn and no token committed.
+        session: with a state for this prompt, drafts drawn and no token committed.
         prompt: int64 ``[B, P]``, left padded.
-        bounds: int32 ``[2, B]``: valid cache rows (the storage of ``state.lengths``) and padding tokens
-            before each row's prompt.
         backend: of ``converge_``, resolved.
         processing: of the logits.
         choice: what earlier calls learnt, where the configuration adapts; None begins anew.
         stopping: criteria besides EOS and length; None for none.
         keep_scores, keep_logits: whether to return them.
-        max_position: highest position id that the model can take; drafts behind it never get committed, so
-            their positions are clamped. None for no limit.
         on_commit: called with the newly committed tokens of row 0 after every iteration.
 
     Raises:
         ValueError: the model gave NaN logits.
     """
+    state, forward = session.state, session.forward
     width = prompt.shape[1]
-    lengths, starts = bounds.unbind()
-    limit = torch.iinfo(torch.int64).max if max_position is None else max_position
+    lengths, starts = session.bounds.unbind()
     windows = _Windows(state)
     if config.adapts and choice is None:
         choice = AdaptiveChoice(config.width, config.sources)
@@ -94,12 +85,10 @@ def decode(
         if config.record_trajectory:
             records.append((state.produced.clone(), state.window.clone(), state.done.clone()))
 
-    def stream() -> None:
+    def stream(produced: int, output: torch.Tensor) -> None:
         nonlocal streamed
-        if on_commit is not None:
-            produced = int(state.produced[0])
-            on_commit(state.output[0, streamed:produced].tolist())
-            streamed = produced
+        on_commit(output[streamed:produced].tolist())
+        streamed = produced
 
     kept_scores = _Kept(state) if keep_scores else None
     kept_logits = _Kept(state) if keep_logits else None
@@ -124,10 +113,13 @@ def decode(
                 _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns()), state, before, converge)
         else:
             converge()
-        stream()
+        running, broken = state.status.tolist()
+        check_status(broken)
+        if on_commit is not None:
+            stream(int(state.produced[0]), state.output[0])
         if lookup is not None:
             lookup.observe(state)
-        return int(state.status[0])
+        return running
 
     begin = time.perf_counter()
     if source == "lookup":
@@ -137,15 +129,19 @@ def decode(
     input_ids = torch.cat((prompt[:, :-1], state.window), dim=1)
     positions = torch.arange(width - 1 + n, device=prompt.device) - starts[:, None]
     lengths.zero_()
-    logits = forward(input_ids, positions.clamp_(0, limit), n)
+    logits = forward(input_ids, positions.clamp_(0, session.limit), n)
     lengths.fill_(width - 1)
     running = advance(logits)
     prefilled = time.perf_counter()
 
     forwards = 1
     steps = {(source, n): 1}
-    offsets = torch.arange(n, device=prompt.device) - starts[:, None]
-    positions = torch.empty_like(offsets)
+    if running and session.capturable and runs_on_device(state.device, config, processing) and not looks:
+        ran = run_chunks(session, config, processing, backend, stream if on_commit is not None else None)
+        forwards, steps[source, n] = forwards + ran, steps[source, n] + ran
+        running = int(state.status[0])
+        if on_commit is not None:
+            stream(int(state.produced[0]), state.output[0])
     while running:
         if choice is not None:
             started = time.perf_counter()
@@ -155,8 +151,7 @@ def decode(
         if source == "lookup":
             lookup.propose_(state)
         record()
-        torch.add(offsets, lengths[:, None], out=positions)
-        running = advance(forward(state.window, positions[:, :n].clamp_(max=limit), n))
+        running = advance(forward(state.window, session.window_positions(n), n))
         if choice is not None:
             accepted = [new - old for old, new in zip(produced, state.produced.tolist(), strict=True) if new > old]
             choice.observe(accepted, time.perf_counter() - started)
