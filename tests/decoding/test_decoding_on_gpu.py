@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_model, make_prompts
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
-from cllm_kernels.decoding import session
 from cllm_kernels.comparison import load_model
+from cllm_kernels.decoding import session
 from cllm_kernels.spider import prompt_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
