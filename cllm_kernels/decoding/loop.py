@@ -132,6 +132,7 @@ def decode(
     logits = forward(input_ids, positions.clamp_(0, session.limit), n)
     lengths.fill_(width - 1)
     running = advance(logits)
+    prefill_tokens = int(state.produced.sum())
     prefilled = time.perf_counter()
 
     forwards = 1
@@ -170,6 +171,7 @@ def decode(
             mode=config.mode,
             draft=config.draft,
             backend=backend,
+            prefill_tokens=prefill_tokens,
             prefill_seconds=prefilled - begin,
             decode_seconds=end - prefilled,
             processor_calls=processing.calls,

@@ -47,6 +47,7 @@ class JacobiStatistics:
         steps: forwards by draft source and width of the window; more than one entry only where these adapt.
         block_size, mode, draft: as decoded with.
         backend: of the ops, resolved.
+        prefill_tokens: committed by the first forward.
         prefill_seconds: wall clock up to the end of the first forward's convergence check.
         decode_seconds: wall clock of all later iterations.
         processor_calls, processor_seconds: calls of logits processors, and the wall clock that they took of the above.
@@ -59,6 +60,7 @@ class JacobiStatistics:
     mode: str
     draft: str
     backend: str
+    prefill_tokens: int
     prefill_seconds: float
     decode_seconds: float
     processor_calls: int
