@@ -34,6 +34,9 @@ struct Kernels {
   void (*merge)(const AttentionParams&, const AttentionTask& first, int64_t splits);
   // The largest of `count` values and its lowest index.
   Best (*argmax)(const void* values, int64_t count, DType dtype);
+  // Rotates the first `rotary` values of a key, which have type `dtype`, by angles of type `dtype` or float.
+  void (*rotate)(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, DType dtype,
+                 DType angle_dtype);
 };
 
 extern const Kernels kernels_baseline;
