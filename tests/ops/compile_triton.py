@@ -20,9 +20,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cllm_kernels.triton import append_kv, block_attention, configs, converge
+from cllm_kernels.triton import append_kv, block_attention, configs, converge, lm_head_argmax
 
-INT64 = ("seeds", "window", "output", "context", "eos", "keys")
+INT64 = ("seeds", "window", "output", "context", "eos", "keys", "indices")
 ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -37,11 +37,12 @@ def source(kernel, element, constants):
         if name in ("scale", "cap"):
             signature[name] = "fp32"
             continue
-        if name in ("query", "key_cache", "value_cache", "key", "value", "out", "logits"):
+        if name in ("query", "key_cache", "value_cache", "key", "value", "out", "logits", "cos", "sin", "hidden", "weight",
+                    "bias"):
             signature[name] = f"*{element}"
-        elif name in ("sinks", "lse", "partial_out", "partial_lse"):
+        elif name in ("sinks", "lse", "partial_out", "partial_lse", "values"):
             signature[name] = "*fp32"
-        elif re.fullmatch(r"[a-z]+\d|\w+_stride|kv_heads|vocabulary", name) or parameter.do_not_specialize:
+        elif re.fullmatch(r"[a-z]+\d|\w+_stride|kv_heads|vocabulary|size", name) or parameter.do_not_specialize:
             signature[name] = "i32"
         else:
             signature[name] = "*i64" if name in INT64 else "*i32"
@@ -73,10 +74,20 @@ def cases():
                              SPLITS=splits, SINKS=False)  # fmt: skip
             yield f"merge D={dim} splits={splits}", block_attention._merge, "bf16", constants, 4, 3, dim == 128
         constants = dict(DIM=dim, VALUE_DIM=dim, PAD=pad, VALUE_PAD=pad, TOKENS=append_kv.TOKENS)
-        yield f"append D={dim}", append_kv._append, "bf16", constants, 4, 3, dim == 128
+        for rotary in (0, dim):
+            name = f"append D={dim} R={rotary}"
+            yield name, append_kv._append, "bf16", constants | {"ROTARY": rotary}, 4, 3, dim == 128
     for element in ELEMENTS:
         constants = dict(SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK)
         yield f"argmax {element}", converge._argmax, element, constants, configs.ARGMAX_WARPS, 3, True
+    for size, config in configs.lm_head_configs():
+        element = "bf16" if size == 2 else "fp32"
+        tile = dict(VOCABULARY=config.block_vocabulary, TOKENS=config.block_tokens, DEPTH=config.block_depth)
+        for name, on in (("", False), (" bias, scale, cap", True)):
+            constants = tile | dict(BIAS=on, SCALE=on, SOFTCAP=on)
+            yield (f"lm_head {element} {config}{name}", lm_head_argmax._argmax, element, constants, config.warps,
+                   config.stages, not on or config.block_tokens == 16)  # fmt: skip
+    yield "lm_head join", lm_head_argmax._join, "bf16", dict(JOINED=lm_head_argmax.JOINED), 4, 3, True
     for rows, width, block_mode, context in ((1, 16, False, True), (64, 16, True, False), (8, 128, False, True)):
         constants = dict(ROWS=configs.converge_rows(width, rows), WIDTH=width, BLOCK_MODE=block_mode, CONTEXT=context)
         yield f"converge n={width} B={rows}", converge._converge, "bf16", constants, 4, 3, True
