@@ -99,19 +99,24 @@ def compile_case(job):
     log = io.StringIO()
     with contextlib.redirect_stdout(log), triton.knobs.nvidia.scope():
         triton.knobs.nvidia.dump_ptxas_log = True
-        options = {"num_warps": warps, "num_stages": stages}
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel is not append_kv._append}
         compiled = triton.compile(source(kernel, element, constants), GPUTarget("cuda", arch, 32), options)
     text = log.getvalue()
     spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", text)]
     registers = re.search(r"Used (\d+) registers", text)
     return {
         "name": name, "arch": arch, "cubin": len(compiled.asm["cubin"]), "shared": compiled.metadata.shared,
-        "registers": int(registers[1]), "spilled": sum(spilled), "ptxas_reports": len(spilled),
+        "warps": warps, "registers": int(registers[1]), "spilled": sum(spilled), "ptxas_reports": len(spilled),
     }  # fmt: skip
 
 
-if __name__ == "__main__":
+def compile_all():
+    """What `compile_case` gives for every case and architecture, as they become ready."""
     jobs = [(index, arch) for index, case in enumerate(cases()) for arch in configs.ARCHITECTURES if case[-1] or arch == 90]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for row in pool.imap_unordered(compile_case, jobs):
-            print(json.dumps(row), flush=True)
+        yield from pool.imap_unordered(compile_case, jobs)
+
+
+if __name__ == "__main__":
+    for row in compile_all():
+        print(json.dumps(row), flush=True)
