@@ -70,7 +70,8 @@ def append(model, width, rope):
 def converge(vocabulary, width):
     """The logits and what passes between the launches; the state takes less than 100 bytes a token."""
     splits = -(-vocabulary // configs.ARGMAX_SPLIT)
-    return row("converge_", width * vocabulary * BF16, 0, width * splits * INT64, 0, V=vocabulary, n=width, splits=splits)
+    between = width * splits * INT64
+    return row("converge_", width * vocabulary * BF16, 0, between, 0, V=vocabulary, n=width, splits=splits)
 
 
 def lm_head(model, width):

@@ -74,7 +74,9 @@ def reference(hidden, weight, bias=None, scale=1.0, softcap=0.0) -> tuple[torch.
     return index, logits.gather(-1, index[..., None]).squeeze(-1).float()
 
 
-def _implementation(hidden, weight, bias=None, scale=1.0, softcap=0.0, backend="auto") -> tuple[torch.Tensor, torch.Tensor]:
+def _implementation(
+    hidden, weight, bias=None, scale=1.0, softcap=0.0, backend="auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, weight, bias, scale, softcap)
     if backends.resolve(backend, hidden.device, kernels=("triton",)) == "torch":
         return reference(hidden, weight, bias, scale, softcap)

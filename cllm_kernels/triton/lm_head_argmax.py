@@ -1,7 +1,8 @@
 """`lm_head_argmax` in Triton: a launch for the largest logit of each tile of the vocabulary, and one to join these.
 
-One program multiplies some rows of the weight with the hidden states of all tokens (up to 128), so that weights are
-read once. The vocabulary is the product's first dimension, which tensor cores want large, and the few tokens the second.
+One program multiplies some rows of the weight with the hidden states of all tokens (up to 128, in float32 up to 64), so
+that weights are read once. The vocabulary is the product's first dimension, which tensor cores want large, and the few
+tokens are the second.
 """
 
 from __future__ import annotations

@@ -48,9 +48,11 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
   switch (dtype) {
     case DType::f32: return rotate<float, float>(key, cos, sin, to, rotary);
     case DType::bf16:
-      return wide ? rotate<bf16_t, float>(key, cos, sin, to, rotary) : rotate<bf16_t, bf16_t>(key, cos, sin, to, rotary);
+      return wide ? rotate<bf16_t, float>(key, cos, sin, to, rotary)
+                  : rotate<bf16_t, bf16_t>(key, cos, sin, to, rotary);
     case DType::f16:
-      return wide ? rotate<f16_t, float>(key, cos, sin, to, rotary) : rotate<f16_t, f16_t>(key, cos, sin, to, rotary);
+      return wide ? rotate<f16_t, float>(key, cos, sin, to, rotary)
+                  : rotate<f16_t, f16_t>(key, cos, sin, to, rotary);
   }
 }
 

@@ -23,6 +23,9 @@ from triton.compiler import ASTSource
 from cllm_kernels.triton import append_kv, block_attention, configs, converge, lm_head_argmax
 
 INT64 = ("seeds", "window", "output", "context", "eos", "keys", "indices")
+STORED = (
+    "query", "key_cache", "value_cache", "key", "value", "out", "logits", "cos", "sin", "hidden", "weight", "bias",
+)  # fmt: skip
 ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -37,8 +40,7 @@ def source(kernel, element, constants):
         if name in ("scale", "cap"):
             signature[name] = "fp32"
             continue
-        if name in ("query", "key_cache", "value_cache", "key", "value", "out", "logits", "cos", "sin", "hidden", "weight",
-                    "bias"):
+        if name in STORED:
             signature[name] = f"*{element}"
         elif name in ("sinks", "lse", "partial_out", "partial_lse", "values"):
             signature[name] = "*fp32"

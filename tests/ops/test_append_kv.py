@@ -7,6 +7,8 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from cllm_kernels.ops import append_kv_
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Angles come in the dtype of the keys or in float32.
+ANGLES = [(dtype, dtype) for dtype in DTYPES] + [(dtype, torch.float32) for dtype in DTYPES[1:]]
 
 
 def make_angles(batch, width, rotary, dtype):
@@ -53,8 +55,10 @@ def test_large(backend):
     assert torch.equal(key_cache[0, :, 7:519], key[0]) and torch.equal(value_cache[1, :, 88:], value[1])
 
 
-@pytest.mark.parametrize(("dtype", "angle_dtype"), [(d, a) for d in DTYPES for a in {d, torch.float32}], ids=str)
-@pytest.mark.parametrize(("dim", "rotary"), [(8, 8), (8, 2), (6, 6), (64, 64), (80, 32), (96, 38), (128, 128), (33, 18)])
+@pytest.mark.parametrize(("dtype", "angle_dtype"), ANGLES, ids=str)
+@pytest.mark.parametrize(
+    ("dim", "rotary"), [(8, 8), (8, 2), (6, 6), (64, 64), (80, 32), (96, 38), (128, 128), (33, 18)]
+)
 def test_rotates_keys_as_transformers(dim, rotary, dtype, angle_dtype, backend):
     """Bit for bit, into a cache full of NaN, of which only the window is written."""
     key_cache, value_cache, key, value = make(width=5, dim=dim, dtype=dtype)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from cllm_kernels.ops import lm_head_argmax
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDED = ({"scale": 0.0625}, {"scale": 0.3}, {"softcap": 30.0}, {"scale": 0.7, "softcap": 5.0})
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -38,8 +39,8 @@ def wanted(hidden, weight, bias=None, scale=1.0, softcap=0.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "width", "size", "vocabulary"),
-    [(1, 1, 1, 1), (1, 2, 33, 5), (2, 8, 64, 129), (1, 16, 100, 300), (3, 11, 70, 257), (2, 32, 65, 150), (1, 128, 48, 140),
-     (3, 47, 40, 70)],
+    [(1, 1, 1, 1), (1, 2, 33, 5), (2, 8, 64, 129), (1, 16, 100, 300), (3, 11, 70, 257), (2, 32, 65, 150),
+     (1, 128, 48, 140), (3, 47, 40, 70)],
     ids=str,
 )  # fmt: skip
 def test_ties_break_to_the_lowest_index(batch, width, size, vocabulary, dtype, backend):
@@ -50,7 +51,7 @@ def test_ties_break_to_the_lowest_index(batch, width, size, vocabulary, dtype, b
     assert torch.equal(index, want[0]) and torch.equal(value, want[1])
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.0625}, {"scale": 0.3}, {"softcap": 30.0}, {"scale": 0.7, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("options", ROUNDED, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_rounds_after_every_operation(dtype, with_bias, options, backend):
@@ -102,8 +103,10 @@ def test_nothing_behind_the_tensors_is_read(backend):
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 2.0}], ids=str)
 def test_nan_and_infinity(options, backend):
     columns = torch.randn(4, 300, 1)
-    columns[0, 200], columns[0, 260], columns[1, 299], columns[2], columns[3] = math.nan, math.nan, math.inf, -math.inf, -0.0
-    for weight, (index, value) in zip(columns, [(200, math.nan), (299, math.inf), (0, -math.inf), (0, 0.0)], strict=True):
+    columns[0, 200], columns[0, 260], columns[1, 299] = math.nan, math.nan, math.inf
+    columns[2], columns[3] = -math.inf, -0.0
+    largest = [(200, math.nan), (299, math.inf), (0, -math.inf), (0, 0.0)]
+    for weight, (index, value) in zip(columns, largest, strict=True):
         got = lm_head_argmax(torch.ones(1, 1, 1), weight, **options, backend=backend)
         if options and math.isinf(value):
             value = math.copysign(2.0, value)
@@ -158,7 +161,7 @@ def test_backends(monkeypatch):
     arguments = torch.ones(1, 2, 3), torch.ones(4, 3)
     monkeypatch.delenv("CLLM_BACKEND", raising=False)
     assert lm_head_argmax(*arguments)[0].tolist() == [[0, 0]]
-    with pytest.raises(RuntimeError, match="'cpp' was asked for but this op has no such kernel; allowed are 'auto', 'triton'"):
+    with pytest.raises(RuntimeError, match="'cpp' was asked for but this op has no such kernel; .* 'auto', 'triton'"):
         lm_head_argmax(*arguments, backend="cpp")
     monkeypatch.setenv("CLLM_BACKEND", "cpp")
     with pytest.raises(RuntimeError, match="'cpp' was asked for"):

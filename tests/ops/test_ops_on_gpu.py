@@ -7,7 +7,7 @@ import torch
 from test_append_kv import make_angles
 from test_block_attention import ATOL, DTYPES, expected, make, reference
 from test_converge import agreeable_logits, assert_state, oracle, random_state
-from test_lm_head_argmax import integers, wanted
+from test_lm_head_argmax import ROUNDED, integers, wanted
 
 from cllm_kernels import backends
 from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax
@@ -138,7 +138,7 @@ def test_lm_head_argmax(dtype, tokens):
     assert torch.equal(index.cpu(), want[0]) and torch.equal(value.cpu(), want[1])
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.0625}, {"scale": 0.3}, {"softcap": 30.0}, {"scale": 0.7, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("options", ROUNDED, ids=str)
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_lm_head_argmax_rounds_as_the_unfused_path(dtype, options):
     """Against the operations of PyTorch on this GPU, whose division and tanh may round unlike the CPU's."""
