@@ -117,7 +117,7 @@ def lm_head_argmax(hidden, weight, bias, scale, softcap) -> tuple[torch.Tensor, 
     _argmax[(triton.cdiv(tokens, config.block_tokens), tiles)](
         hidden, weight, weight if bias is None else bias, keys,
         hidden.stride(0), hidden.stride(1), weight.stride(0), 0 if bias is None else bias.stride(0),
-        tokens, width, vocabulary, size, scale, softcap,
+        tokens, width, vocabulary, size, float(scale), float(softcap),
         VOCABULARY=config.block_vocabulary, TOKENS=config.block_tokens, DEPTH=config.block_depth,
         BIAS=bias is not None, SCALE=scale != 1.0, SOFTCAP=softcap > 0,
         num_warps=config.warps, num_stages=config.stages,
