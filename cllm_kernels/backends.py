@@ -49,11 +49,11 @@ def available() -> dict[str, str | None]:
     return {"cpp": _REASON, "triton": _triton_reason(), "torch": None} | {name: "not in this build" for name in PLANNED}
 
 
-def resolve(name: str, device: torch.device) -> str:
+def resolve(name: str, device: torch.device, kernels: tuple[str, ...] = ("cpp", "triton")) -> str:
     """The backend that runs when `name` is asked for with tensors on `device`.
 
     "auto" takes the environment variable CLLM_BACKEND if it is set, else "triton" on a CUDA device and "cpp" on the
-    CPU, each where it is there, else "torch".
+    CPU, each where it is there, else "torch". kernels: the backends that the op has beside "torch".
 
     Raises ValueError on an unknown name and RuntimeError on one that cannot run, with the reason.
     """
@@ -61,11 +61,14 @@ def resolve(name: str, device: torch.device) -> str:
         name = os.environ.get("CLLM_BACKEND") or "auto"
         if name == "auto":
             if device.type == "cpu":
-                return "torch" if EXTENSION is None else "cpp"
+                return "cpp" if EXTENSION is not None and "cpp" in kernels else "torch"
             runs = device.type == "cuda" and not interpreted() and _triton_reason() is None
             return "triton" if runs else "torch"
     if name == "torch":
         return name
+    if name in NAMES and name not in kernels:
+        allowed = ", ".join(map(repr, ("auto", *kernels, "torch")))
+        raise RuntimeError(f"backend {name!r} was asked for but this op has no such kernel; allowed are {allowed}")
     if name == "cpp":
         if EXTENSION is None:
             raise RuntimeError(f"backend 'cpp' was asked for but {_REASON}")

@@ -8,6 +8,7 @@ import torch
 
 from .. import backends
 from ._library import (
+    DTYPE_CODES,
     FLOAT_DTYPES,
     check_device,
     check_float,
@@ -233,10 +234,6 @@ def _implementation(
         DTYPE_CODES[query.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, lse
-
-
-# The numbers by which C++ knows the element types (csrc/common/types.h).
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def _fake(
