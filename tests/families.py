@@ -1,15 +1,11 @@
-"""Small random models of many families, and the table of them."""
+"""Small random models of many families."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 import transformers
 from helpers import EOS, PAD, VOCABULARY
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-
-TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 
 _TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=2)
 # Weights large enough that outputs depend on the whole prompt and do not fall into a repetition at once.
@@ -144,12 +140,3 @@ def make_family(name: str, seed: int = 0) -> PreTrainedModel:
     config: PretrainedConfig = getattr(transformers, class_name)(**options)
     config._attn_implementation = "eager"
     return AutoModelForCausalLM.from_config(config).eval()
-
-
-def table(outcomes: dict[str, tuple[str, str]]) -> str:
-    """Markdown from (attention, result) of every family."""
-    rows = [
-        f"| {name} | `{FAMILIES[name][0]}` | {FAMILIES[name][2]} | {attention} | {result} |"
-        for name, (attention, result) in outcomes.items()
-    ]
-    return "\n".join(["| family | configuration | special | attention | result |", "|---|---|---|---|---|", *rows, ""])

@@ -156,7 +156,7 @@ def jacobi_generate(
             stack.enter_context(block_attention_enabled(model, chosen))
         stack.enter_context(torch.inference_mode())
         decoded = _decode(
-            compiled or model,
+            model if compiled is None else compiled,
             attention,
             prompt,
             pads,
