@@ -22,7 +22,17 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
-from ..decoding import Decoded, JacobiCache, JacobiConfig, JacobiStatistics, Processing, Stopping, decode, is_stateful
+from ..decoding import (
+    Decoded,
+    Forward,
+    JacobiCache,
+    JacobiConfig,
+    JacobiStatistics,
+    Processing,
+    Stopping,
+    decode,
+    is_stateful,
+)
 from ..ops import JacobiState
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask
 
@@ -469,14 +479,33 @@ def _decode(
     )
     bounds[0] = state.lengths
     state = dataclasses.replace(state, lengths=bounds[0])
+    capacity = width - 1 + max_new_tokens + config.width
+    forward = window_forward(model, attention, bounds, capacity, backend, keeps, dtype)
+    decoded = decode(forward, state, input_ids, bounds, config, backend, **options)
+    return dataclasses.replace(decoded, statistics=dataclasses.replace(decoded.statistics, attention=attention))
+
+
+def window_forward(
+    model: Callable,
+    attention: str,
+    bounds: torch.Tensor,
+    capacity: int,
+    backend: str,
+    keeps: bool,
+    dtype: torch.dtype,
+) -> Forward:
+    """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``.
+
+    keeps: whether the model takes ``logits_to_keep``. With block attention, call it under ``block_attention_enabled``.
+    """
     native = attention == "native"
-    cache = JacobiCache(bounds[0], width - 1 + max_new_tokens + config.width, backend, zeros=native)
+    cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
         outputs = model(
             input_ids=tokens,
-            attention_mask=dense_mask(bounds, tokens.shape[1], cache.capacity, dtype) if native else as_mask(bounds),
+            attention_mask=dense_mask(bounds, tokens.shape[1], capacity, dtype) if native else as_mask(bounds),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -484,8 +513,7 @@ def _decode(
         )
         return outputs.logits[:, -keep:]
 
-    decoded = decode(forward, state, input_ids, bounds, config, backend, **options)
-    return dataclasses.replace(decoded, statistics=dataclasses.replace(decoded.statistics, attention=attention))
+    return forward
 
 
 def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | None, tokens: list[int]) -> None:
