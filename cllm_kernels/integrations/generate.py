@@ -50,7 +50,6 @@ _ALLOWED = {
     "token_healing": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "use_cache": (None, True),
 }
 # The loop itself does what these do.
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
@@ -131,7 +130,7 @@ def jacobi_generate(
     """
     config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory)
     attention = _check_model(model)
-    _check_options(generation_config, logits_processor or [])
+    _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
     pads = _check_inputs(input_ids, model_kwargs)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
@@ -364,13 +363,18 @@ def _check_model(model: PreTrainedModel) -> str:
     return attention_kind(model)
 
 
-def _check_options(generation_config: GenerationConfig | None, processors: LogitsProcessorList | list) -> None:
+def _check_options(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, processors: LogitsProcessorList | list
+) -> None:
     if generation_config is None:
         raise ValueError("call this through generate(custom_generate=jacobi_generate), which prepares the generation config")
     for name, allowed in _ALLOWED.items():
         value = getattr(generation_config, name, None)
         if value not in allowed:
             raise NotImplementedError(f"generate's {name}={value!r} is not supported by Jacobi decoding; pass {name}={allowed[-1]!r}")
+    # Trainers leave use_cache=False in checkpoints; only a caller means it.
+    if generation_config.use_cache is False and model.generation_config.use_cache is not False:
+        raise NotImplementedError("generate's use_cache=False is not supported by Jacobi decoding; pass use_cache=True")
     if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors):
         raise NotImplementedError("generate's guidance_scale runs the model once more for every token, which Jacobi decoding does not")
 

@@ -190,7 +190,7 @@ def _rescore(
 ) -> Certificate:
     """:func:`verify` as a ``custom_generate`` callable, which gets the processors that the run had."""
     attention = _check_model(model)
-    _check_options(generation_config, logits_processor or [])
+    _check_options(model, generation_config, logits_processor or [])
     pads = _check_inputs(input_ids, model_kwargs)
     sampling = bool(generation_config.do_sample)
     if sampling and seed is None:
