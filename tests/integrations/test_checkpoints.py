@@ -13,6 +13,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -259,6 +261,8 @@ LAYOUTS = [sharegpt, sharegpt_fast, spider, jacobi_forcing, jacobi_forcing_slow,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout, tmp_path):
+    if layout is spider and Version(transformers.__version__) <= Version("5.17.0"):
+        pytest.skip(f"transformers {transformers.__version__} splits such a tokenizer's text as Llama's, and loses its spaces")
     layout(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer(PROMPT, add_special_tokens=False)["input_ids"]).strip() == PROMPT
