@@ -1,12 +1,15 @@
 """Jacobi decoding: configuration, cache, loop, statistics."""
 
+from .adaptive import AdaptiveChoice
 from .cache import JacobiCache
 from .config import JacobiConfig
-from .loop import Decoded, Forward, decode
+from .loop import Decoded, decode
 from .processing import Processing, Stopping, is_stateful
+from .session import Forward, Session
 from .statistics import JacobiStatistics, RowStatistics
 
 __all__ = [
+    "AdaptiveChoice",
     "Decoded",
     "Forward",
     "JacobiCache",
@@ -14,6 +17,7 @@ __all__ = [
     "JacobiStatistics",
     "Processing",
     "RowStatistics",
+    "Session",
     "Stopping",
     "decode",
     "is_stateful",

@@ -23,12 +23,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
 from ..decoding import (
-    Decoded,
+    AdaptiveChoice,
     Forward,
     JacobiCache,
     JacobiConfig,
     JacobiStatistics,
     Processing,
+    Session,
     Stopping,
     decode,
     is_stateful,
@@ -92,13 +93,16 @@ def jacobi_generate(
     block_size: int = JacobiConfig.block_size,
     mode: str = JacobiConfig.mode,
     draft: str = JacobiConfig.draft,
+    adaptive: bool = JacobiConfig.adaptive,
     seed: int | tuple[int, ...] | None = JacobiConfig.seed,
+    cuda_graph: bool | None = JacobiConfig.cuda_graph,
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
     generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
     compiled: Callable | None = None,
+    memory: dict | None = None,
     **model_kwargs,
 ) -> JacobiOutput | torch.Tensor:
     """Jacobi decoding, greedy or sampled, as a ``custom_generate`` callable of transformers.
@@ -128,7 +132,7 @@ def jacobi_generate(
         NotImplementedError: the model or an option of generate is not supported.
         Whatever is raised, the model is left as it was.
     """
-    config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory)
+    config = JacobiConfig(block_size, mode, draft, adaptive, seed, cuda_graph, backend, record_trajectory)
     attention = _check_model(model)
     _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
@@ -140,17 +144,21 @@ def jacobi_generate(
     seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
     chosen = resolve(config.backend, model.device)
     if is_stateful(logits_processor or []):
-        config = dataclasses.replace(config, draft="none")
+        config = dataclasses.replace(config, draft="none", adaptive=False)
+    choice = None
+    if config.adapts and memory is not None:
+        key = ("choice", config.width, config.sources, input_ids.shape[0])
+        choice = memory.setdefault(key, AdaptiveChoice(config.width, config.sources))
     returns_dict = bool(generation_config.return_dict_in_generate)
     keep_scores = returns_dict and bool(generation_config.output_scores)
     prompt = input_ids.to(model.device)
     criteria = [criterion for criterion in stopping_criteria or () if not isinstance(criterion, _OWN_CRITERIA)]
     options = dict(
         processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
+        choice=choice,
         stopping=Stopping(criteria, prompt) if criteria else None,
         keep_scores=keep_scores,
         keep_logits=returns_dict and bool(generation_config.output_logits),
-        max_position=max_position,
     )
 
     eos = generation_config.eos_token_id
@@ -164,9 +172,8 @@ def jacobi_generate(
         if attention == "block":
             stack.enter_context(block_attention_enabled(model, chosen))
         stack.enter_context(torch.inference_mode())
-        decoded = _decode(
-            model if compiled is None else compiled,
-            attention,
+        session = _session(
+            model,
             prompt,
             pads,
             eos,
@@ -174,11 +181,13 @@ def jacobi_generate(
             seeds,
             config,
             chosen,
-            keeps=model._supports_logits_to_keep(),
-            dtype=model.dtype,
-            on_commit=on_commit,
-            **options,
+            max_position,
+            options["processing"],
+            memory,
+            attention,
+            compiled,
         )
+        decoded = decode(session, prompt, config, chosen, on_commit=on_commit, **options)
 
     pad = generation_config.pad_token_id
     if pad is None:
@@ -192,7 +201,7 @@ def jacobi_generate(
         sequences=sequences,
         scores=decoded.scores,
         logits=decoded.logits,
-        statistics=decoded.statistics,
+        statistics=dataclasses.replace(decoded.statistics, attention=attention),
         trajectory=decoded.trajectory,
     )
 
@@ -223,6 +232,7 @@ class JacobiGenerator:
         self.config = config or JacobiConfig()
         self.statistics: JacobiStatistics | None = None
         self.trajectory: list | None = None
+        self._memory: dict = {}
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> JacobiOutput | torch.Tensor:
         """Takes what ``model.generate`` takes, and returns what it returns.
@@ -260,6 +270,7 @@ class JacobiGenerator:
             text_streamer=kwargs.pop("streamer", None),
             on_commit=kwargs.pop("on_commit", None),
             compiled=self.model if hasattr(self.model, "_orig_mod") else None,
+            memory=self._memory,
         )
         # generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without.
         model = self.causal_lm
@@ -454,9 +465,12 @@ def _check_lengths(
     return limit - 1
 
 
-def _decode(
-    model: Callable,
-    attention: str,
+# On CUDA devices, shapes are rounded up to these, so that prompts of many lengths share a captured graph.
+_PROMPT_STEP, _OUTPUT_STEP = 128, 128
+
+
+def _session(
+    model: PreTrainedModel,
     input_ids: torch.Tensor,
     pads: torch.Tensor,
     eos: list[int],
@@ -464,52 +478,79 @@ def _decode(
     seeds: torch.Tensor,
     config: JacobiConfig,
     backend: str,
-    keeps: bool,
-    dtype: torch.dtype,
-    **options,
-) -> Decoded:
+    max_position: int | None,
+    processing: Processing,
+    memory: dict | None,
+    attention: str,
+    compiled: Callable | None,
+) -> Session:
+    """Buffers for this prompt, out of `memory` where an earlier call left them."""
     rows, width = input_ids.shape
     device = input_ids.device
-    bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
-    bounds[1] = pads
+    kept = memory is not None and device.type == "cuda" and config.cuda_graph is not False and not processing.processors
+    output, extra = max_new_tokens, 0
+    if kept:
+        output = -(-max_new_tokens // _OUTPUT_STEP) * _OUTPUT_STEP
+        extra = -width % _PROMPT_STEP
     state = JacobiState.create(
-        prompt=input_ids,
-        starts=pads,
+        prompt=torch.nn.functional.pad(input_ids, (extra, 0)),  # what drafts are drawn from does not change by it
+        starts=pads + extra,
         limits=max_new_tokens,
         block_size=config.width,
         eos=eos,
         seeds=seeds,
+        capacity=output,
         refill=config.refill,
     )
-    bounds[0] = state.lengths
+    key = None
+    if kept:
+        # A graph holds addresses, so the weights must be where they were.
+        weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
+        key = (
+            "session", rows, width + extra, output, len(eos), config.width, config.mode, config.refill,
+            processing.temperature, backend, max_position, weights, model.config._attn_implementation,
+        )  # fmt: skip
+        session = memory.get(key)
+        if session is not None:
+            session.restart(state, pads)
+            return session
+    bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
+    bounds[1] = pads
     state = dataclasses.replace(state, lengths=bounds[0])
-    capacity = width - 1 + max_new_tokens + config.width
-    forward = window_forward(model, attention, bounds, capacity, backend, keeps, dtype)
-    decoded = decode(forward, state, input_ids, bounds, config, backend, **options)
-    return dataclasses.replace(decoded, statistics=dataclasses.replace(decoded.statistics, attention=attention))
+    capacity = width + extra - 1 + output + config.width
+    forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
+    session = Session(forward, state, bounds, max_position, cache)
+    if kept:
+        # One at a time: its cache may be large.
+        for old in [other for other in memory if other[0] == "session"]:
+            del memory[old]
+        memory[key] = session
+    return session
 
 
 def window_forward(
-    model: Callable,
+    model: PreTrainedModel,
     attention: str,
     bounds: torch.Tensor,
     capacity: int,
     backend: str,
-    keeps: bool,
-    dtype: torch.dtype,
-) -> Forward:
-    """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``.
+    compiled: Callable | None = None,
+) -> tuple[Forward, JacobiCache]:
+    """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``, and that cache.
 
-    keeps: whether the model takes ``logits_to_keep``. With block attention, call it under ``block_attention_enabled``.
+    With block attention, call it under ``block_attention_enabled``. compiled: is called in the model's place.
     """
+    call = model if compiled is None else compiled
     native = attention == "native"
     cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
+    keeps, dtype = model._supports_logits_to_keep(), model.dtype
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
-        outputs = model(
+        rows = bounds[:, : tokens.shape[0]]
+        outputs = call(
             input_ids=tokens,
-            attention_mask=dense_mask(bounds, tokens.shape[1], capacity, dtype) if native else as_mask(bounds),
+            attention_mask=dense_mask(rows, tokens.shape[1], capacity, dtype) if native else as_mask(rows),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -517,7 +558,7 @@ def window_forward(
         )
         return outputs.logits[:, -keep:]
 
-    return forward
+    return forward, cache
 
 
 def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | None, tokens: list[int]) -> None:

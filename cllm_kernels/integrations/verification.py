@@ -31,7 +31,7 @@ from .generate import (
 
 # Options of a run that say nothing about which tokens are right.
 _IGNORED = (
-    "decoding", "draft", "mode", "on_commit", "output_logits", "output_scores", "record_trajectory",
+    "adaptive", "cuda_graph", "decoding", "draft", "mode", "on_commit", "output_logits", "output_scores", "record_trajectory",
     "return_dict_in_generate", "stop_strings", "stopping_criteria", "streamer", "tokenizer",
 )  # fmt: skip
 # Positions whose noise is in memory at once, for a vocabulary of 150,000 about 5 MB each.
@@ -348,9 +348,7 @@ class _Run:
         columns = start + torch.arange(count * size, device=self.sequences.device)
         inside = columns.clamp(max=self.sequences.shape[1] - 1)  # the last window may reach beyond the output
         bounds = torch.stack((torch.zeros_like(self.pads), self.pads))
-        forward = window_forward(
-            self.model, attention, bounds, start + count * size, backend, self.keeps, self.model.dtype
-        )
+        forward, _ = window_forward(self.model, attention, bounds, start + count * size, backend)
         logits = []
         with block_attention_enabled(self.model, backend) if attention == "block" else contextlib.nullcontext():
             for window in range(count):
