@@ -4,5 +4,6 @@ from .append_kv import append_kv_
 from .block_attention import block_attention
 from .converge import converge_
 from .state import JacobiState
+from .window_linear import window_linear
 
-__all__ = ["JacobiState", "append_kv_", "block_attention", "converge_"]
+__all__ = ["JacobiState", "append_kv_", "block_attention", "converge_", "window_linear"]

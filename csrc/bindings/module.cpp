@@ -52,6 +52,13 @@ void append_kv(uintptr_t key_cache, int64_t kc0, int64_t kc1, int64_t kc2, uintp
                  threads);
 }
 
+void linear(uintptr_t x, int64_t x_bytes, uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t out,
+            int64_t rows, int64_t inputs, int64_t outputs, int dtype, int threads) {
+  cpu::linear({pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias), pointer<void>(out),
+               x_bytes, weight_stride, outputs, rows, inputs, outputs, static_cast<DType>(dtype)},
+              threads);
+}
+
 #define CLLM_STATE_FIELD(type, name, dtype, shape) +1
 constexpr size_t state_field_count = 0
 #include "jacobi_state.inc"
@@ -96,6 +103,7 @@ PYBIND11_MODULE(_C, module) {
   using unlocked = py::call_guard<py::gil_scoped_release>;
   module.def("block_attention", &block_attention, unlocked());
   module.def("append_kv", &append_kv, unlocked());
+  module.def("linear", &linear, unlocked());
   module.def("converge", &converge, unlocked());
   module.def("state_fields", &state_fields, "Fields of JacobiState that were compiled in: (name, dtype, shape).");
   module.def("build_info", &build_info, "How this module was built.");

@@ -47,6 +47,17 @@ struct AppendParams {
   int64_t batch, kv_heads, capacity, width, dim, value_dim, element_size;
 };
 
+// y = x W^T + b for a few rows of x.
+struct LinearParams {
+  const void* x;       // [rows, inputs], contiguous in the inputs
+  const void* weight;  // [outputs, inputs], contiguous in the inputs
+  const void* bias;    // [outputs] or null
+  void* out;           // [rows, outputs], contiguous in the outputs
+  int64_t x_bytes;  // from one row of x to the next, in bytes, since kernels may read it in another type
+  int64_t weight_stride, out_stride, rows, inputs, outputs;
+  DType dtype;
+};
+
 // One pointer per entry of cllm_kernels/ops/state_fields.py, from which the build generates the list.
 struct JacobiState {
 #define CLLM_STATE_FIELD(type, name, dtype, shape) type* name;

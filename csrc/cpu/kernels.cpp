@@ -3,6 +3,7 @@
 
 #include "argmax.h"
 #include "attention_tile.h"
+#include "linear_tile.h"
 
 #define CLLM_JOIN_(a, b) a##b
 #define CLLM_JOIN(a, b) CLLM_JOIN_(a, b)
@@ -33,6 +34,18 @@ void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t spl
   }
 }
 
+size_t linear_row_size_any(const LinearParams& p) {
+  return p.dtype == DType::f32 ? linear_row_size<float>(p) : linear_row_size<bf16_t>(p);
+}
+
+void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
+  return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : linear_inputs<bf16_t>(p, row, to);
+}
+
+void linear_any(const LinearParams& p, int64_t begin, int64_t end) {
+  return p.dtype == DType::f32 ? linear<float>(p, begin, end) : linear<bf16_t>(p, begin, end);
+}
+
 Best argmax_any(const void* values, int64_t count, DType dtype) {
   switch (dtype) {
     case DType::bf16: return argmax(static_cast<const bf16_t*>(values), count);
@@ -43,6 +56,9 @@ Best argmax_any(const void* values, int64_t count, DType dtype) {
 
 }  // namespace
 
-const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any, argmax_any};
+const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
+    scratch_size,      partial_size, attend_any, merge_any, linear_row_size_any,
+    linear_inputs_any, linear_any,   argmax_any,
+};
 
 }  // namespace cllm::cpu

@@ -32,6 +32,11 @@ struct Kernels {
   void (*attend)(const AttentionParams&, const AttentionTask&, float* scratch);
   // Joins the partial results of `splits` tasks that differ in their keys only and stand one behind the other.
   void (*merge)(const AttentionParams&, const AttentionTask& first, int64_t splits);
+  // Bytes of a row of x as `linear` reads it; 0: it reads x where it lies. Else `linear_inputs` writes it.
+  size_t (*linear_row_size)(const LinearParams&);
+  void (*linear_inputs)(const LinearParams&, int64_t row, void* to);
+  // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote.
+  void (*linear)(const LinearParams&, int64_t begin, int64_t end);
   // The largest of `count` values and its lowest index.
   Best (*argmax)(const void* values, int64_t count, DType dtype);
 };
@@ -39,6 +44,7 @@ struct Kernels {
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 
 // Instruction sets that were compiled, worst first, and those among them that this CPU has.
 std::vector<std::string> compiled_isas();
