@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import backends
-from ._library import check_device, check_last_dim, check_rank, check_same, check_shape, register
+from ._library import check_last_dim, check_rank, check_same, check_shape, register
 from .block_attention import DTYPE_CODES
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -32,22 +32,49 @@ def window_linear(
     return _call(x, weight, bias, backend)
 
 
-def _check(x, weight, bias) -> None:
-    check_rank("weight", weight, "N, K")
-    outputs, inputs = weight.shape
-    if x.dim() < 1 or x.size(-1) != inputs:
-        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be K = {inputs}, as the weight has it")
-    if inputs < 1 or outputs < 1:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; N and K must be at least 1")
+def check_layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None, inputs: int, x: torch.Tensor) -> None:
+    """A weight [N, inputs] and its bias [N] or None, of the dtype and on the device of x."""
+    if weight.dim() != 2 or weight.size(1) != inputs or weight.size(0) < 1:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must be [N, {inputs}] with N at least 1")
+    check_same(name, weight, "x", x)
+    check_last_dim(name, weight)
+    if bias is not None:
+        check_shape(f"the bias of {name}", bias, (weight.size(0),))
+        check_same(f"the bias of {name}", bias, "x", x)
+
+
+def check_dtype(x: torch.Tensor) -> None:
     if x.dtype not in DTYPES:
         raise ValueError(f"x has dtype {x.dtype}; allowed are float32 and bfloat16")
-    check_same("weight", weight, "x", x)
-    check_last_dim("weight", weight)
-    if bias is not None:
-        check_shape("bias", bias, (outputs,))
-        check_same("bias", bias, "x", x)
-    if x.device.type not in ("cpu", "meta"):
-        check_device("x", x, "the CPU", torch.empty(0))
+
+
+def check_rows(x: torch.Tensor) -> None:
+    """x [B, n, H] of an allowed dtype and of 1 to `ROWS` rows."""
+    check_rank("x", x, "B, n, H")
+    check_dtype(x)
+    rows = x.size(0) * x.size(1)
+    if not 1 <= rows <= ROWS or x.size(2) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; B * n must be in [1, {ROWS}] and H at least 1")
+
+
+def resolve_cpu(backend: str, device: torch.device) -> str:
+    """As `backends.resolve`, for an op that has no Triton kernel."""
+    backend = backends.resolve(backend, device)
+    if backend == "triton":
+        raise RuntimeError("backend 'triton' was asked for but this op runs on the CPU alone, by 'cpp' and 'torch'")
+    return backend
+
+
+def layer_arguments(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """A linear layer as the extension takes it."""
+    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.stride(0), weight.size(0)
+
+
+def _check(x, weight, bias) -> None:
+    if x.dim() < 1 or x.size(-1) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., K] with K at least 1")
+    check_dtype(x)
+    check_layer("weight", weight, bias, x.size(-1), x)
 
 
 def reference(x, weight, bias=None, dtype=torch.float32) -> torch.Tensor:
@@ -56,13 +83,16 @@ def reference(x, weight, bias=None, dtype=torch.float32) -> torch.Tensor:
     return product if bias is None else product + bias.to(dtype)
 
 
+def linear_reference(x, weight, bias=None) -> torch.Tensor:
+    """`reference` with its result in the dtype of x."""
+    return reference(x, weight, bias, torch.float64 if x.dtype == torch.float64 else torch.float32).to(x.dtype)
+
+
 def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
     _check(x, weight, bias)
-    backend = backends.resolve(backend, x.device)
+    backend = resolve_cpu(backend, x.device)
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    if backend == "triton":
-        raise RuntimeError("window_linear has no Triton kernel; it runs on the CPU, by the backends cpp and torch")
     if backend == "torch" or not 1 <= rows <= ROWS:
         return F.linear(x, weight, bias)
     x = x.contiguous()

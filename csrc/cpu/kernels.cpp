@@ -4,6 +4,7 @@
 #include "argmax.h"
 #include "attention_tile.h"
 #include "linear_tile.h"
+#include "row_ops.h"
 
 #define CLLM_JOIN_(a, b) a##b
 #define CLLM_JOIN(a, b) CLLM_JOIN_(a, b)
@@ -46,6 +47,41 @@ void linear_any(const LinearParams& p, int64_t begin, int64_t end) {
   return p.dtype == DType::f32 ? linear<float>(p, begin, end) : linear<bf16_t>(p, begin, end);
 }
 
+// Calls `body` with a null pointer of the type that `dtype` names, float32 or bfloat16.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body(static_cast<float*>(nullptr));
+  body(static_cast<bf16_t*>(nullptr));
+}
+
+void rms_norm_any(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), eps, count, static_cast<T*>(out));
+  });
+}
+
+void rotate_any(void* x, const void* cos, const void* sin, int64_t dim, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rotate(static_cast<T*>(x), static_cast<const T*>(cos), static_cast<const T*>(sin), dim);
+  });
+}
+
+void silu_multiply_any(void* gate, const void* up, int64_t count, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    silu_multiply(static_cast<T*>(gate), static_cast<const T*>(up), count);
+  });
+}
+
+void add_any(const void* a, const void* b, int64_t count, void* out, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    add_rows(static_cast<const T*>(a), static_cast<const T*>(b), count, static_cast<T*>(out));
+  });
+}
+
 Best argmax_any(const void* values, int64_t count, DType dtype) {
   switch (dtype) {
     case DType::bf16: return argmax(static_cast<const bf16_t*>(values), count);
@@ -57,8 +93,8 @@ Best argmax_any(const void* values, int64_t count, DType dtype) {
 }  // namespace
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
-    scratch_size,      partial_size, attend_any, merge_any, linear_row_size_any,
-    linear_inputs_any, linear_any,   argmax_any,
+    scratch_size, partial_size, attend_any, merge_any,         linear_row_size_any, linear_inputs_any, linear_any,
+    rms_norm_any, rotate_any,   silu_multiply_any, add_any, argmax_any,
 };
 
 }  // namespace cllm::cpu

@@ -37,6 +37,11 @@ struct Kernels {
   void (*linear_inputs)(const LinearParams&, int64_t row, void* to);
   // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote.
   void (*linear)(const LinearParams&, int64_t begin, int64_t end);
+  // Of one row of fp32 or bf16; see row_ops.h.
+  void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);
+  void (*rotate)(void* x, const void* cos, const void* sin, int64_t dim, DType dtype);
+  void (*silu_multiply)(void* gate, const void* up, int64_t count, DType dtype);
+  void (*add)(const void* a, const void* b, int64_t count, void* out, DType dtype);
   // The largest of `count` values and its lowest index.
   Best (*argmax)(const void* values, int64_t count, DType dtype);
 };

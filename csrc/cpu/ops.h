@@ -9,6 +9,8 @@ namespace cllm::cpu {
 void block_attention(const AttentionParams& params, int threads);
 void append_kv(const AppendParams& params, int threads);
 void linear(const LinearParams& params, int threads);
+void qkv(const QkvParams& params, int threads);
+void mlp(const MlpParams& params, int threads);
 void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, int threads);
 
 }  // namespace cllm::cpu
