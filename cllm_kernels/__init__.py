@@ -10,6 +10,7 @@ _EXPORTS = {
     "disable_jacobi": "integrations.generate",
     "enable_jacobi": "integrations.generate",
     "jacobi_generate": "integrations.generate",
+    "optimize": "integrations.optimize",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -22,6 +22,8 @@ class JacobiConfig:
         seed: of the draws.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
+        optimize: whether linear layers and known decoder layers run by the package's own kernels while decoding, where
+            the backend is ``"cpp"`` (see :func:`cllm_kernels.optimize`).
 
     Raises:
         ValueError: an option is out of its range.
@@ -33,6 +35,7 @@ class JacobiConfig:
     seed: int = 0
     backend: str = "auto"
     record_trajectory: bool = False
+    optimize: bool = True
 
     def __post_init__(self):
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
@@ -43,3 +46,5 @@ class JacobiConfig:
             raise ValueError(f"draft is {self.draft!r}; it must be one of {', '.join(DRAFTS)}")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32)")
+        if not isinstance(self.optimize, bool):
+            raise ValueError(f"optimize is {self.optimize!r}; it must be True or False")

@@ -18,6 +18,7 @@ from ..backends import resolve
 from ..decoding import Decoded, JacobiCache, JacobiConfig, JacobiStatistics, decode
 from ..ops import JacobiState
 from .attention import as_mask, block_attention_enabled
+from .optimize import optimize as optimized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -82,6 +83,7 @@ def jacobi_generate(
     seed: int = JacobiConfig.seed,
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
+    optimize: bool = JacobiConfig.optimize,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
     **model_kwargs,
@@ -103,7 +105,7 @@ def jacobi_generate(
         NotImplementedError: the model or an option of generate is not supported.
         Whatever is raised, the model is left as it was.
     """
-    config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory)
+    config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory, optimize)
     _check_model(model)
     _check_options(generation_config, logits_processor, stopping_criteria)
     pads = _check_inputs(input_ids, model_kwargs)
@@ -122,6 +124,8 @@ def jacobi_generate(
             on_commit = functools.partial(_stream, text_streamer, on_commit)
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(block_attention_enabled(model, chosen))
+        if config.optimize:
+            stack.enter_context(optimized(model, chosen))
         stack.enter_context(torch.inference_mode())
         decoded = _decode(
             model,
@@ -226,16 +230,20 @@ class _Generate:
         return self.generator.generate(inputs, **dict(zip(names, args, strict=False)), **kwargs)
 
 
-def enable_jacobi(model: PreTrainedModel, config: JacobiConfig | None = None) -> PreTrainedModel:
+def enable_jacobi(
+    model: PreTrainedModel, config: JacobiConfig | None = None, optimize: bool | None = None
+) -> PreTrainedModel:
     """Lets ``model.generate`` take ``decoding="jacobi"`` and the options of :class:`JacobiConfig`.
 
     ``decoding="ar"`` or none is the untouched generate. Only this instance changes; :func:`disable_jacobi`
-    undoes it. ``model.generate.generator.statistics`` holds the statistics of the last Jacobi call.
+    undoes it. ``model.generate.generator.statistics`` holds the statistics of the last Jacobi call. ``optimize``
+    overrides the option of that name in ``config``.
 
     Returns:
         The same model.
     """
-    model.generate = _Generate(model, config or JacobiConfig())
+    config = config or JacobiConfig()
+    model.generate = _Generate(model, config if optimize is None else dataclasses.replace(config, optimize=optimize))
     return model
 
 

@@ -191,9 +191,8 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
     if set(modules) != {*classes, *projections, "mlp.act_fn"}:
         return "it has other submodules than its class is known for"
     for name, module in modules.items():
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"{name or 'it'} has hooks"
-        # A linear layer inside may have been swapped already, but only modules ahead of it are.
+        if name and (module._forward_hooks or module._forward_pre_hooks):  # its own run anyway
+            return f"{name} has hooks"
         if "forward" in module.__dict__:
             return f"the forward of {name or 'the layer'} was replaced"
         if name in classes and (type(module).__module__, type(module).__name__) != (source, family + classes[name]):
