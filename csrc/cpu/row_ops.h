@@ -46,20 +46,30 @@ void rotate(T* x, const T* cos, const T* sin, int64_t dim) {
   }
 }
 
-// gate = silu(gate) * up. A vector's place decides nothing: the rest of a row goes through a vector too.
+// gate = silu(gate) * up. Rounded in between, as a module for each would round. The rest of a row goes through a vector
+// too, so that the place of a value decides nothing.
 template <class T>
 void silu_multiply(T* gate, const T* up, int64_t count) {
-  for (int64_t i = 0; i < count; i += native) {
-    const int64_t here = minimum(native, count - i);
-    T x[native] = {}, y[native] = {};
-    memcpy(x, gate + i, here * sizeof(T));
-    memcpy(y, up + i, here * sizeof(T));
+  const auto step = [](const T* x, const T* y, T* to) {
     const vfloat v = load(x), exponent = v * -log2e;
     // exp2 takes less than 128; NaN stays
     const vfloat silu = v / (1.0f + exp2(exponent > 127.0f ? splat(127.0f) : exponent));
-    for (int lane = 0; lane < native; ++lane) narrow(rounded<T>(silu[lane]) * widen(y[lane]), x + lane);
-    memcpy(gate + i, x, here * sizeof(T));
-  }
+    if constexpr (std::is_same<T, float>::value) {
+      store(to, silu * load(y));
+    } else {
+      float wide[native];
+      store(wide, silu);
+      for (int lane = 0; lane < native; ++lane) narrow(rounded<T>(wide[lane]) * widen(y[lane]), to + lane);
+    }
+  };
+  int64_t i = 0;
+  for (; i + native <= count; i += native) step(gate + i, up + i, gate + i);
+  if (i == count) return;
+  T x[native] = {}, y[native] = {};
+  memcpy(x, gate + i, (count - i) * sizeof(T));
+  memcpy(y, up + i, (count - i) * sizeof(T));
+  step(x, y, x);
+  memcpy(gate + i, x, (count - i) * sizeof(T));
 }
 
 template <class T>
