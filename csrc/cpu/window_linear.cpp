@@ -9,8 +9,9 @@
 namespace cllm::cpu {
 namespace {
 
-// One core does this many multiply-adds in some forty microseconds, twice what sharing it out costs.
-constexpr int64_t parallel_work = 2'000'000;
+// One core does this many multiply-adds in some forty microseconds, twice what sharing out one layer costs. The MLP has
+// several layers, with a barrier behind each; on a machine that does other work a barrier waits for a time slice.
+constexpr int64_t parallel_work = 2'000'000, parallel_mlp_work = 4'000'000;
 // Reading a weight takes one row as long as these many rows take to compute.
 constexpr int64_t memory_rows = 6;
 // Outputs of a task: a multiple of what every register tile holds. Several tasks a thread even out other load.
@@ -23,7 +24,7 @@ int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 int64_t work_of(const LinearParams& p) { return p.outputs * p.inputs * std::max(p.rows, memory_rows); }
 
 // The team that runs `work` multiply-adds.
-int team_size(int64_t work, int threads) { return work < parallel_work ? 1 : threads; }
+int team_size(int64_t work, int threads, int64_t least = parallel_work) { return work < least ? 1 : threads; }
 
 int64_t outputs_per_task(int64_t outputs, int team) {
   const int64_t wanted = team == 1 ? outputs : (outputs + team * tasks_per_thread - 1) / (team * tasks_per_thread);
@@ -170,7 +171,8 @@ void mlp(const MlpParams& p, int threads) {
   const LinearParams ups =
       gate_inputs.prepared(layer(p.up, normed, p.hidden, up, p.rows, p.dtype), memory + gate_inputs_at);
   const LinearParams down = down_inputs.prepared(down_inputs.params, memory + down_inputs_at);
-  const int team = team_size(work_of(output) + work_of(gates) + work_of(ups) + work_of(down), threads);
+  const int64_t work = work_of(output) + work_of(gates) + work_of(ups) + work_of(down);
+  const int team = team_size(work, threads, parallel_mlp_work);
   const int64_t step = outputs_per_task(inner, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
