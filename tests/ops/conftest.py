@@ -8,7 +8,7 @@ import torch
 
 from cllm_kernels import backends
 
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 
 @pytest.fixture(params=["torch", "triton", *(f"cpp-{isa}" for isa in ISAS)])
