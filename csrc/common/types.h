@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace cllm {
 
 // The numbers that cllm_kernels/ops/block_attention.py passes (DTYPE_CODES).
@@ -37,7 +39,7 @@ struct AttentionParams {
   float softcap;           // 0: none
   DType dtype;
 
-  int64_t group() const { return heads / kv_heads; }
+  CLLM_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };
 
 struct AppendParams {
