@@ -122,9 +122,10 @@ def compare_models(
     return rows
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The model of the GPU or CPU."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.getdevice_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -176,7 +177,7 @@ def _row(
         "rounds": rounds,
         "backend": method.runs[0].backend if method.runs else "transformers",
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -1,4 +1,4 @@
-"""Commands of ``cllm``: demo, generate, doctor."""
+"""Commands of ``cllm``: demo, generate, bench, doctor."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import JacobiConfig, JacobiGenerator, __version__, backends
+from . import bench as _bench
 from . import demo as _demo
 
 app = typer.Typer(help="Jacobi decoding for Consistency LLMs.", no_args_is_help=True, add_completion=False)
@@ -77,6 +78,42 @@ def generate(
         f"{run.tokens} tokens, {run.forwards} forwards, {run.tokens_per_forward:.2f} tokens per forward, "
         f"{run.tokens_per_second:.1f} tokens/s, backend {run.backend}"
     )
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        list[str] | None, typer.Option(help="NAME=CHECKPOINT, may be repeated; the bundled models if not given.")
+    ] = None,
+    workload: Annotated[str, typer.Option(help="spider, gsm8k or humaneval; the last two as text only.")] = "spider",
+    data: Annotated[Path, typer.Option(help="Folder with gsm8k and humaneval.")] = Path("../shared/data"),
+    prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 16,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size, may be repeated; 1 if not given.")] = None,
+    block_size: Annotated[list[int] | None, typer.Option(min=2, help="Window width, may be repeated; 16.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; their median counts.")] = 3,
+    draft_model: Annotated[str | None, typer.Option(help="Checkpoint for transformers' assisted generation.")] = None,
+    compiled: Annotated[bool, typer.Option(help="Measure transformers' compiled AR too.")] = True,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+) -> None:
+    """Measures decoding end to end: Jacobi's modes and drafts beside AR, compiled AR, prompt lookup and assistants."""
+    if threads:
+        torch.set_num_threads(threads)
+    if workload not in ("spider", "gsm8k", "humaneval"):
+        _fail(ValueError(f"workload is {workload!r}; allowed are spider, gsm8k and humaneval"))
+    chosen = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in model or ())
+    chosen = chosen or {name: f"models/spider-{name}" for name in ("target", "cllm")}
+    try:
+        rows = _bench.run(
+            chosen, workload, data, prompts, batch or [1], block_size or [16], max_new_tokens, rounds, draft_model,
+            compiled, console,
+        )  # fmt: skip
+    except (OSError, ValueError, NotImplementedError) as error:
+        _fail(error)
+    Console(width=max(console.width, 130)).print(_bench.table(rows))
+    if json_path:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 @app.command()

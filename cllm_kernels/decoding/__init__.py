@@ -1,9 +1,11 @@
 """Jacobi decoding: configuration, cache, loop, statistics."""
 
+from .adaptive import AdaptiveChoice
 from .cache import JacobiCache
 from .config import JacobiConfig
 from .loop import Decoded, decode
 from .processing import Processing, Stopping, is_stateful
+from .session import Session
 from .statistics import JacobiStatistics, RowStatistics
 
-__all__ = ["Decoded", "JacobiCache", "JacobiConfig", "JacobiStatistics", "Processing", "RowStatistics", "Stopping", "decode", "is_stateful"]
+__all__ = ["AdaptiveChoice", "Decoded", "JacobiCache", "JacobiConfig", "JacobiStatistics", "Processing", "RowStatistics", "Session", "Stopping", "decode", "is_stateful"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 MODES = ("window", "block")
-DRAFTS = ("context", "last", "none")
+DRAFTS = ("context", "last", "lookup", "auto", "none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +18,20 @@ class JacobiConfig:
             on n positions. ``"block"`` runs a block of n tokens to its fixed point before it starts the next
             one, as the paper does (Kou et al. 2024, arXiv 2403.00835, algorithm 1).
         draft: where new draft tokens come from: ``"context"`` draws tokens of the prompt at random (the
-            paper), ``"last"`` repeats the last prediction of the window. ``"none"`` decodes one token at a
-            time, whatever the block size: the autoregressive loop of this package.
+            paper), ``"last"`` repeats the last prediction of the window. ``"lookup"`` also replaces drafts by
+            what followed the last tokens earlier, in the prompt, the output or a rejected prediction (see
+            :class:`cllm_kernels.decoding.drafts.LookupDrafts`), which pays on repetitive texts with any model.
+            ``"none"`` decodes one token at a time, whatever the block size: the autoregressive loop of this package.
+            ``"auto"`` chooses among context, lookup and none while it decodes, as ``adaptive`` does.
+        adaptive: whether the width of the window is chosen anew while decoding, from 1 to block_size, by what was
+            accepted and what steps cost (see :class:`cllm_kernels.decoding.adaptive.AdaptiveChoice`);
+            ``statistics.steps`` says what was chosen. Mode ``"window"`` only.
         seed: of sampled tokens and of random drafts, in [0, 2**32), or one for each row. With a single number, rows
             get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
             tokens are sampled a draw from torch's global generator.
+        cuda_graph: whether iterations on a CUDA device are captured as graphs. None: where nothing needs the host in
+            every iteration (lookup, adaptive widths, stopping criteria, scores, processors of prefixes do). The graph
+            and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
 
@@ -33,7 +42,9 @@ class JacobiConfig:
     block_size: int = 16
     mode: str = "window"
     draft: str = "context"
+    adaptive: bool = False
     seed: int | tuple[int, ...] | None = None
+    cuda_graph: bool | None = None
     backend: str = "auto"
     record_trajectory: bool = False
 
@@ -50,6 +61,20 @@ class JacobiConfig:
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32), or one for each row")
 
+        if self.adapts and (self.mode != "window" or self.record_trajectory):
+            what = "mode='window'" if self.mode != "window" else "record_trajectory=False"
+            raise ValueError(f"adaptive={self.adaptive} with draft={self.draft!r} changes the width; it needs {what}")
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the width changes while decoding."""
+        return self.draft == "auto" or (self.adaptive and self.draft != "none")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Draft sources to choose from."""
+        return ("context", "lookup") if self.draft == "auto" else (self.draft,)
+
     @property
     def width(self) -> int:
         """Tokens of a window."""
@@ -58,4 +83,4 @@ class JacobiConfig:
     @property
     def refill(self) -> str:
         """What ``converge_`` fills the end of a window with."""
-        return "context" if self.draft == "context" else "last"
+        return "context" if self.draft in ("context", "auto") else "last"

@@ -74,6 +74,8 @@ class Processing:
         if sampling and not keep_scores and len(self.processors) == 1 and type(self.processors[0]) in _TEMPERATURE:
             self.temperature = float(self.processors.pop().temperature)
         self.vectorised = all(type(processor) in _POINTWISE | _BY_LENGTH for processor in self.processors)
+        # whether nothing is read on the host
+        self.on_device = all(type(processor) in _POINTWISE for processor in self.processors)
         self.calls = 0
         self.seconds = 0.0
 

@@ -44,8 +44,10 @@ class JacobiStatistics:
     Attributes:
         rows: one entry a batch row.
         forwards: forwards of the model, the first one (prompt and first window) included.
+        steps: forwards by draft source and width of the window; more than one entry only where these adapt.
         block_size, mode, draft: as decoded with.
         backend: of the ops, resolved.
+        prefill_tokens: committed by the first forward.
         prefill_seconds: wall clock up to the end of the first forward's convergence check.
         decode_seconds: wall clock of all later iterations.
         processor_calls, processor_seconds: calls of logits processors, and the wall clock that they took of the above.
@@ -53,10 +55,12 @@ class JacobiStatistics:
 
     rows: tuple[RowStatistics, ...]
     forwards: int
+    steps: dict[tuple[str, int], int]
     block_size: int
     mode: str
     draft: str
     backend: str
+    prefill_tokens: int
     prefill_seconds: float
     decode_seconds: float
     processor_calls: int

@@ -22,7 +22,17 @@ from transformers.generation import (
 from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
-from ..decoding import Decoded, JacobiCache, JacobiConfig, JacobiStatistics, Processing, Stopping, decode, is_stateful
+from ..decoding import (
+    AdaptiveChoice,
+    JacobiCache,
+    JacobiConfig,
+    JacobiStatistics,
+    Processing,
+    Session,
+    Stopping,
+    decode,
+    is_stateful,
+)
 from ..ops import JacobiState
 from .attention import as_mask, block_attention_enabled
 
@@ -83,12 +93,15 @@ def jacobi_generate(
     block_size: int = JacobiConfig.block_size,
     mode: str = JacobiConfig.mode,
     draft: str = JacobiConfig.draft,
+    adaptive: bool = JacobiConfig.adaptive,
     seed: int | tuple[int, ...] | None = JacobiConfig.seed,
+    cuda_graph: bool | None = JacobiConfig.cuda_graph,
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
     generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
+    memory: dict | None = None,
     **model_kwargs,
 ) -> JacobiOutput | torch.Tensor:
     """Jacobi decoding, greedy or sampled, as a ``custom_generate`` callable of transformers.
@@ -117,7 +130,7 @@ def jacobi_generate(
         NotImplementedError: the model or an option of generate is not supported.
         Whatever is raised, the model is left as it was.
     """
-    config = JacobiConfig(block_size, mode, draft, seed, backend, record_trajectory)
+    config = JacobiConfig(block_size, mode, draft, adaptive, seed, cuda_graph, backend, record_trajectory)
     _check_model(model)
     _check_options(generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
@@ -129,17 +142,21 @@ def jacobi_generate(
     seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
     chosen = resolve(config.backend, model.device)
     if is_stateful(logits_processor or []):
-        config = dataclasses.replace(config, draft="none")
+        config = dataclasses.replace(config, draft="none", adaptive=False)
+    choice = None
+    if config.adapts and memory is not None:
+        key = ("choice", config.width, config.sources, input_ids.shape[0])
+        choice = memory.setdefault(key, AdaptiveChoice(config.width, config.sources))
     returns_dict = bool(generation_config.return_dict_in_generate)
     keep_scores = returns_dict and bool(generation_config.output_scores)
     prompt = input_ids.to(model.device)
     criteria = [criterion for criterion in stopping_criteria or () if not isinstance(criterion, _OWN_CRITERIA)]
     options = dict(
         processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
+        choice=choice,
         stopping=Stopping(criteria, prompt) if criteria else None,
         keep_scores=keep_scores,
         keep_logits=returns_dict and bool(generation_config.output_logits),
-        max_position=max_position,
     )
 
     eos = generation_config.eos_token_id
@@ -152,9 +169,10 @@ def jacobi_generate(
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(block_attention_enabled(model, chosen))
         stack.enter_context(torch.inference_mode())
-        decoded = _decode(
-            model, prompt, pads, eos, max_new_tokens, seeds, config, chosen, on_commit=on_commit, **options
+        session = _session(
+            model, prompt, pads, eos, max_new_tokens, seeds, config, chosen, max_position, options["processing"], memory
         )
+        decoded = decode(session, prompt, config, chosen, on_commit=on_commit, **options)
 
     pad = generation_config.pad_token_id
     if pad is None:
@@ -197,6 +215,7 @@ class JacobiGenerator:
         self.config = config or JacobiConfig()
         self.statistics: JacobiStatistics | None = None
         self.trajectory: list | None = None
+        self._memory: dict = {}
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> JacobiOutput | torch.Tensor:
         """Takes what ``model.generate`` takes, and returns what it returns.
@@ -233,6 +252,7 @@ class JacobiGenerator:
             generator=kwargs.pop("generator", None),
             text_streamer=kwargs.pop("streamer", None),
             on_commit=kwargs.pop("on_commit", None),
+            memory=self._memory,
         )
         # generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without.
         own = self.model.generation_config
@@ -399,7 +419,11 @@ def _check_lengths(
     return limit - 1
 
 
-def _decode(
+# On CUDA devices, shapes are rounded up to these, so that prompts of many lengths share a captured graph.
+_PROMPT_STEP, _OUTPUT_STEP = 128, 128
+
+
+def _session(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     pads: torch.Tensor,
@@ -408,24 +432,44 @@ def _decode(
     seeds: torch.Tensor,
     config: JacobiConfig,
     backend: str,
-    **options,
-) -> Decoded:
+    max_position: int | None,
+    processing: Processing,
+    memory: dict | None,
+) -> Session:
+    """Buffers for this prompt, out of `memory` where an earlier call left them."""
     rows, width = input_ids.shape
     device = input_ids.device
-    bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
-    bounds[1] = pads
+    kept = memory is not None and device.type == "cuda" and config.cuda_graph is not False and not processing.processors
+    output, extra = max_new_tokens, 0
+    if kept:
+        output = -(-max_new_tokens // _OUTPUT_STEP) * _OUTPUT_STEP
+        extra = -width % _PROMPT_STEP
     state = JacobiState.create(
-        prompt=input_ids,
-        starts=pads,
+        prompt=torch.nn.functional.pad(input_ids, (extra, 0)),  # what drafts are drawn from does not change by it
+        starts=pads + extra,
         limits=max_new_tokens,
         block_size=config.width,
         eos=eos,
         seeds=seeds,
+        capacity=output,
         refill=config.refill,
     )
-    bounds[0] = state.lengths
+    key = None
+    if kept:
+        # A graph holds addresses, so the weights must be where they were.
+        weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
+        key = (
+            "session", rows, width + extra, output, len(eos), config.width, config.mode, config.refill,
+            processing.temperature, backend, max_position, weights, model.config._attn_implementation,
+        )  # fmt: skip
+        session = memory.get(key)
+        if session is not None:
+            session.restart(state, pads)
+            return session
+    bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
+    bounds[1] = pads
     state = dataclasses.replace(state, lengths=bounds[0])
-    cache = JacobiCache(bounds[0], width - 1 + max_new_tokens + config.width, backend)
+    cache = JacobiCache(bounds[0], width + extra - 1 + output + config.width, backend)
     mask = as_mask(bounds)
     keeps = model._supports_logits_to_keep()
 
@@ -441,7 +485,13 @@ def _decode(
         )
         return outputs.logits[:, -keep:]
 
-    return decode(forward, state, input_ids, bounds, config, backend, **options)
+    session = Session(forward, state, bounds, max_position)
+    if kept:
+        # One at a time: its cache may be large.
+        for old in [other for other in memory if other[0] == "session"]:
+            del memory[old]
+        memory[key] = session
+    return session
 
 
 def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | None, tokens: list[int]) -> None:

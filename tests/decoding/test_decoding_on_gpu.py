@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import make_model, make_prompts
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
 from cllm_kernels.comparison import load_model
+from cllm_kernels.decoding import session
 from cllm_kernels.spider import prompt_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -28,3 +30,55 @@ def test_equals_generate(mode, backend):
         got = generator.generate(**inputs, do_sample=False, max_new_tokens=128)
         assert torch.equal(got, want), prompt_for(row)
         assert generator.statistics.backend == backend
+
+
+def test_graphs_are_kept_for_prompts_of_like_length():
+    """Captured at the first call, replayed by the following ones, for other prompts, seeds and lengths."""
+    model = make_model("llama").cuda()
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6))
+    for seed in range(4):
+        inputs = {name: tensor.cuda() for name, tensor in make_prompts(2, width=8 + seed, seed=seed).items()}
+        options = dict(do_sample=False, max_new_tokens=40 + seed)
+        assert torch.equal(generator.generate(**inputs, **options), model.generate(**inputs, **options))
+        sessions = [value for key, value in generator._memory.items() if key[0] == "session"]
+        assert len(sessions) == 1 and sessions[0].replay is not None
+        first = sessions[0] if seed == 0 else first
+        assert sessions[0] is first
+    other = {name: tensor.cuda() for name, tensor in make_prompts(3).items()}
+    assert torch.equal(generator.generate(**other, **options), model.generate(**other, **options))
+    with torch.no_grad():  # other weights in the same place
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    assert torch.equal(generator.generate(**other, **options), model.generate(**other, **options))
+
+
+def test_an_iteration_does_not_wait_for_the_device(monkeypatch):
+    plain = session.make_step
+
+    def guarded(*args):
+        step = plain(*args)
+
+        def run():
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return run
+
+    monkeypatch.setattr(session, "make_step", guarded)
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6))
+    assert torch.equal(generator.generate(**inputs, **options), model.generate(**inputs, **options))
+
+
+def test_sampling_is_the_same_in_graphs_and_without():
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=True, max_new_tokens=40, temperature=1.2, top_k=0)
+    graphs = JacobiGenerator(model, JacobiConfig(block_size=6, seed=3)).generate(**inputs, **options)
+    alone = JacobiGenerator(model, JacobiConfig(draft="none", cuda_graph=False, seed=3)).generate(**inputs, **options)
+    assert torch.equal(graphs, alone)

@@ -49,13 +49,14 @@ def test_jacobi_draws_what_one_token_at_a_time_draws(rows, name, backend):
     name=st.sampled_from(sorted(WARPERS)),
     block_size=st.integers(2, 20),
     mode=st.sampled_from(["window", "block"]),
-    draft=st.sampled_from(["context", "last"]),
+    draft=st.sampled_from(["context", "last", "lookup", "auto"]),
     eos=st.lists(st.integers(3, 96), max_size=5),
 )
 def test_on_any_options(family, rows, seed, name, block_size, mode, draft, eos):
     model, inputs = MODELS[family], make_prompts(rows, seed=seed)
     options = WARPERS[name] | {"eos_token_id": [EOS, *eos]}
     expected = decode(model, inputs, options, draft="none", seed=seed)
+    mode = "window" if draft == "auto" else mode
     assert torch.equal(decode(model, inputs, options, block_size=block_size, mode=mode, draft=draft, seed=seed), expected)
 
 

@@ -1,0 +1,349 @@
+"""``cllm bench``: Jacobi decoding end to end against the ways to decode that transformers has, in one run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from rich import box
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
+
+from ..comparison import device_name, load_model
+from ..decoding import JacobiConfig, JacobiStatistics
+from ..integrations.generate import JacobiGenerator
+from ..spider import exact_match, is_degenerate, prompt_for
+
+Run = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, JacobiStatistics | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to decode.
+
+    Attributes:
+        name: as the table has it.
+        make: gives the function that decodes; called once for each model.
+        jacobi: its configuration, or None for one of transformers' ways.
+    """
+
+    name: str
+    make: Callable[[PreTrainedModel, int], Run]
+    jacobi: JacobiConfig | None = None
+
+
+def _hf(**options) -> Callable[[PreTrainedModel, int], Run]:
+    def make(model: PreTrainedModel, max_new_tokens: int) -> Run:
+        return lambda inputs: (
+            model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, **options), None
+        )  # fmt: skip
+
+    return make
+
+
+def _hf_compiled(model: PreTrainedModel, max_new_tokens: int) -> Run:
+    """A static cache that is kept, so that nothing is compiled again for another prompt."""
+    compile_config = CompileConfig(fullgraph=True, dynamic=False, mode="max-autotune-no-cudagraphs")
+    compile_config._compile_all_devices = True
+    limit = model.config.max_position_embeddings
+    caches: dict[int, StaticCache] = {}
+
+    def run(inputs):
+        rows, width = inputs["input_ids"].shape
+        size = min(limit, -(-(width + max_new_tokens) // 256) * 256)
+        cache = caches.setdefault((rows, size), StaticCache(config=model.config, max_cache_len=size))
+        cache.reset()
+        return (
+            model.generate(
+                **inputs, do_sample=False, max_new_tokens=max_new_tokens, past_key_values=cache,
+                compile_config=compile_config,
+            ),
+            None,
+        )  # fmt: skip
+
+    return run
+
+
+def _jacobi(config: JacobiConfig) -> Callable[[PreTrainedModel, int], Run]:
+    def make(model: PreTrainedModel, max_new_tokens: int) -> Run:
+        generator = JacobiGenerator(model, config)
+
+        def run(inputs):
+            sequences = generator.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+            return sequences, generator.statistics
+
+        return run
+
+    return make
+
+
+def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | None, compiled: bool) -> list[Method]:
+    """The baselines, then Jacobi decoding in each mode and with each draft source; the first one is what others are
+    compared with. Prompt lookup and assisted generation of transformers take one row only."""
+    found = [Method("hf_ar", _hf())]
+    if compiled:
+        found.append(Method("hf_ar_compiled", _hf_compiled))
+    if batch == 1:
+        found.append(Method("hf_prompt_lookup", _hf(prompt_lookup_num_tokens=10)))
+        if draft_model is not None:
+            found.append(Method("hf_assisted", _hf(assistant_model=draft_model)))
+    found.append(_named("ar", JacobiConfig(draft="none")))
+    for size in block_sizes:
+        found.append(_named("jacobi_window", JacobiConfig(size)))
+        found.append(_named("jacobi_block", JacobiConfig(size, "block")))
+        found.append(_named("jacobi_lookup", JacobiConfig(size, draft="lookup")))
+        found.append(_named("jacobi_auto", JacobiConfig(size, draft="auto")))
+    return found
+
+
+def _named(name: str, config: JacobiConfig) -> Method:
+    return Method(name, _jacobi(config), config)
+
+
+def read_workload(name: str, data: Path, count: int) -> list[dict]:
+    """Prompts as ``{"prompt", "query"}``; query is the gold answer where the bundled models are asked for one."""
+    if name == "spider":
+        path = Path("models/spider-cllm/held_out_sample.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [{"prompt": prompt_for(row), "query": row["query"]} for row in rows[:count]]
+    path, key = {
+        "gsm8k": (data / "gsm8k/test.jsonl", "question"),
+        "humaneval": (data / "humaneval/HumanEval.jsonl", "prompt"),
+    }[name]
+    if not path.is_file():
+        raise FileNotFoundError(f"no prompts at {path}; --data names the folder that holds {name}")
+    lines = path.read_text().splitlines()[:count]
+    return [{"prompt": json.loads(line)[key] + "\n", "query": None} for line in lines]
+
+
+def run(
+    models: dict[str, str],
+    workload: str,
+    data: Path,
+    prompts: int,
+    batches: list[int],
+    block_sizes: list[int],
+    max_new_tokens: int,
+    rounds: int,
+    draft: str | None,
+    compiled: bool,
+    console: Console,
+) -> list[dict]:
+    """One row for each model, batch size and method."""
+    draft_model = load_model(draft)[0] if draft else None
+    rows = []
+    for name, path in models.items():
+        model, tokenizer = load_model(path)
+        model.eval()
+        entries = read_workload(workload, data, prompts)
+        for batch in batches:
+            measured = _measure(
+                model, tokenizer, entries, methods(block_sizes, batch, draft_model, compiled), batch, max_new_tokens,
+                rounds, console, f"{name}, batch {batch}",
+            )  # fmt: skip
+            rows += [{"model": name, "workload": workload} | row for row in measured]
+    return rows
+
+
+def _measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    entries: list[dict],
+    found: list[Method],
+    batch: int,
+    max_new_tokens: int,
+    rounds: int,
+    console: Console,
+    title: str,
+) -> list[dict]:
+    tokenizer.padding_side = "left"
+    batches = _grouped(entries, batch)
+    batches = [chunk for chunk in batches if len(chunk) == batch] or batches
+    encoded = [
+        dict(
+            tokenizer(
+                [entry["prompt"] for entry in chunk], return_tensors="pt", padding=True, return_token_type_ids=False
+            ).to(model.device)
+        )
+        for chunk in batches
+    ]
+    runs = [method.make(model, max_new_tokens) for method in found]
+    first = [method.make(model, 1) if method.jacobi is None else None for method in found]
+    peaks = []
+    for decode in runs:  # the first run compiles and is not counted
+        with _peak_memory(model.device) as peak:
+            decode(encoded[0])
+        peaks.append(peak[0])
+        decode(encoded[-1])
+    for decode in filter(None, first):
+        decode(encoded[0])
+    seconds, prefills = [[] for _ in found], [[] for _ in found]
+    outputs, statistics_of = [[] for _ in found], [[] for _ in found]
+    for inputs in track(encoded, title, console=console):
+        taken, starts = [[] for _ in found], [[] for _ in found]
+        for turn in range(rounds):
+            for index, decode in enumerate(runs):
+                elapsed, (sequences, counts) = _timed(decode, inputs, model.device)
+                taken[index].append(elapsed)
+                if first[index] is None:
+                    starts[index].append(counts.prefill_seconds)
+                else:
+                    starts[index].append(_timed(first[index], inputs, model.device)[0])
+                if turn == 0:
+                    outputs[index].append(sequences[:, inputs["input_ids"].shape[1] :].tolist())
+                    if counts is not None:
+                        statistics_of[index].append(counts)
+        for index in range(len(found)):
+            seconds[index].append(statistics.median(taken[index]))
+            prefills[index].append(statistics.median(starts[index]))
+    stop = {model.generation_config.eos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+    flat = [[_cut(row, stop) for rows in method for row in rows] for method in outputs]
+    queries = [entry["query"] for chunk in batches for entry in chunk]
+    base = sum(map(len, flat[0])) / sum(seconds[0])
+    rows = []
+    for index, method in enumerate(found):
+        tokens = sum(map(len, flat[index]))
+        ratios = [ar / own for ar, own in zip(seconds[0], seconds[index], strict=True)]
+        counts = statistics_of[index]
+        texts = tokenizer.batch_decode(flat[index], skip_special_tokens=True)
+        graded = [exact_match(text, query) for text, query in zip(texts, queries, strict=True) if query is not None]
+        sequences = len(flat[index])
+        decoding = sum(seconds[index]) - sum(prefills[index])
+        if counts:
+            prefill_tokens, forwards = sum(c.prefill_tokens for c in counts), sum(c.forwards - 1 for c in counts)
+        else:  # a token in the first forward, and, where nothing drafts, one in each of the others
+            prefill_tokens = sequences
+            drafts = method.name not in ("hf_ar", "hf_ar_compiled")
+            forwards = None if drafts else sum(max(map(len, part)) - 1 for part in _grouped(flat[index], batch))
+        rows.append(
+            {
+                "method": method.name,
+                "block_size": method.jacobi.width if method.jacobi else 1,
+                "mode": method.jacobi.mode if method.jacobi else None,
+                "draft": method.jacobi.draft if method.jacobi else None,
+                "batch": batch,
+                "prompts": len(queries),
+                "tokens_per_second": tokens / sum(seconds[index]),
+                "decode_tokens_per_second": (tokens - prefill_tokens) / decoding,
+                "ms_per_forward": 1e3 * decoding / forwards if forwards else None,
+                "tokens_per_forward": sum(c.tokens for c in counts) / sum(c.iterations for c in counts) if counts else None,
+                "speedup": tokens / sum(seconds[index]) / base,
+                "speedup_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3,
+                "equal_to_hf_ar": _mean(own == ar for own, ar in zip(flat[index], flat[0], strict=True)),
+                "exact_match": _mean(graded) if graded else None,
+                "degenerate": _mean(map(is_degenerate, flat[index])),
+                "fast_forwarded": sum(c.fast_forwarded for c in counts) / sequences if counts else None,
+                "stationary": sum(c.stationary for c in counts) / sequences if counts else None,
+                "paper_fast_forwarded": sum(c.paper_fast_forwarded for c in counts) / sequences if counts else None,
+                "paper_stationary": sum(c.paper_stationary for c in counts) / sequences if counts else None,
+                "accept_histogram": [sum(column) for column in zip(*(c.accept_histogram for c in counts), strict=True)],
+                "steps": _steps(counts),
+                "peak_memory_bytes": peaks[index],
+                "rounds": rounds,
+                "max_new_tokens": max_new_tokens,
+                "backend": counts[0].backend if counts else "transformers",
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "device": device_name(model.device),
+                "threads": torch.get_num_threads(),
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            }
+        )
+    return rows
+
+
+def _cut(row: list[int], stop: set[int]) -> list[int]:
+    """Up to the first token that ends or pads, that one included."""
+    end = next((index + 1 for index, token in enumerate(row) if token in stop), len(row))
+    return row[:end]
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else float("nan")
+
+
+def _grouped(rows: list, size: int) -> list[list]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def _timed(decode: Run, inputs: dict[str, torch.Tensor], device: torch.device):
+    _wait(device)
+    begin = time.perf_counter()
+    result = decode(inputs)
+    _wait(device)
+    return time.perf_counter() - begin, result
+
+
+def _steps(counts: list[JacobiStatistics]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for run in counts:
+        for (source, width), times in run.steps.items():
+            total[f"{source} {width}"] = total.get(f"{source} {width}", 0) + times
+    return total
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextlib.contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int | None]]:
+    """Bytes that the process, or torch on a GPU, held at most inside; None where the system does not tell."""
+    peak: list[int | None] = [None]
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: begin the peak of the resident set anew
+    except OSError:
+        yield peak
+        return
+    yield peak
+    status = Path("/proc/self/status").read_text()
+    peak[0] = 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+
+
+def table(rows: list[dict]) -> Table:
+    """The rows as one reads them; the JSON has more."""
+    first = rows[0]
+    view = Table(
+        title=f"{first['workload']}, {first['dtype']}, {first['device']}, {first['threads']} threads, medians of "
+        f"{first['rounds']} interleaved rounds",
+        box=box.SIMPLE, pad_edge=False, collapse_padding=True,
+    )  # fmt: skip
+    for heading in ("model", "method"):
+        view.add_column(heading, no_wrap=True)
+    for heading in (
+        "batch", "n", "tokens/s", "without\nprefill", "ms/\nforward", "tokens/\nforward", "speed-\nup", "quartiles", "equal\nto AR",
+        "exact\nmatch", "MiB",
+    ):  # fmt: skip
+        view.add_column(heading, justify="right", no_wrap=True)
+
+    def show(value: float | None, form: str) -> str:
+        return "" if value is None or value != value else format(value, form)
+
+    for row in rows:
+        quartiles = row["speedup_quartiles"]
+        view.add_row(
+            row["model"], row["method"], str(row["batch"]), str(row["block_size"]),
+            f"{row['tokens_per_second']:.0f}", f"{row['decode_tokens_per_second']:.0f}", show(row["ms_per_forward"], ".2f"),
+            show(row["tokens_per_forward"], ".2f"),
+            f"{row['speedup']:.2f}x", f"{quartiles[0]:.2f}-{quartiles[2]:.2f}", f"{row['equal_to_hf_ar']:.1%}",
+            show(row["exact_match"], ".1%"), show((row["peak_memory_bytes"] or float("nan")) / 2**20, ".0f"),
+        )  # fmt: skip
+    return view

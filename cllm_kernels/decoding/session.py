@@ -1,0 +1,193 @@
+"""The buffers of a decode, and its iteration as a step that reads nothing on the host and can be replayed."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import warnings
+from collections.abc import Callable
+
+import torch
+
+from ..ops import JacobiState, converge_
+from .config import JacobiConfig
+from .processing import Processing
+
+Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
+"""``forward(input_ids [B, m], position_ids [B, m], keep) -> logits of the last positions [B, keep, V]``."""
+
+# Iterations that one graph holds at most, and how many graphs a decode should take at least: of the last one, on
+# average half is in vain, and one more that was launched before its status was read.
+_LONGEST_CHUNK = 16
+_CHUNKS = 12
+
+
+@dataclasses.dataclass
+class Session:
+    """What the iterations of a decode work on. Nothing in it moves, so that a graph can hold its addresses.
+
+    Attributes:
+        forward: the model. It writes its keys and values at the cache rows behind ``bounds[0]``.
+        state: made by ``JacobiState.create``.
+        bounds: int32 ``[2, B]``: valid cache rows (the storage of ``state.lengths``) and padding tokens before each
+            row's prompt.
+        max_position: highest position id that the model can take; drafts behind it never get committed, so their
+            positions are clamped. None for no limit.
+        chunk, replay: iterations of the captured graph and what launches it; 0 and None before there is one.
+        capturable: False once the forward could not be captured.
+    """
+
+    forward: Forward
+    state: JacobiState
+    bounds: torch.Tensor
+    max_position: int | None = None
+    chunk: int = 0
+    replay: Callable[[], None] | None = None
+    capturable: bool = True
+
+    def __post_init__(self):
+        self.columns = torch.arange(self.state.width, device=self.bounds.device)
+        self.positions = torch.empty_like(self.state.window)
+        self.limit = torch.iinfo(torch.int64).max if self.max_position is None else self.max_position
+
+    def window_positions(self, width: int) -> torch.Tensor:
+        """int64 ``[B, width]``: the position ids of the window."""
+        positions = self.positions[:, :width]
+        lengths, starts = self.bounds.unbind()
+        torch.sub(self.columns[:width], starts[:, None], out=positions)
+        return positions.add_(lengths[:, None]).clamp_(max=self.limit)
+
+    def restart(self, state: JacobiState, starts: torch.Tensor) -> None:
+        """Begins with another prompt of the same shapes."""
+        for tensor, new in zip(self.state.tensors(), state.tensors(), strict=True):
+            tensor.copy_(new)
+        self.bounds[1].copy_(starts)
+
+
+def runs_on_device(device: torch.device, config: JacobiConfig, processing: Processing) -> bool:
+    """Whether iterations can be captured: a fixed width, drafts made by ``converge_``, processors of scores alone."""
+    return (
+        device.type == "cuda"
+        and config.cuda_graph is not False
+        and not (config.adapts or config.record_trajectory or "lookup" in config.sources)
+        and processing.on_device
+    )
+
+
+def capture(step: Callable[[], None], count: int) -> Callable[[], None]:
+    """Records ``count`` steps as one CUDA graph without running them; returns what launches it."""
+    # Graphs that never run at the same time can share the memory that they need inside.
+    key = (torch.cuda.current_device(), threading.get_ident())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_pools.get(key)):
+        for _ in range(count):
+            step()
+    _pools.setdefault(key, graph.pool())
+    return graph.replay
+
+
+_pools: dict[tuple[int, int], tuple[int, int]] = {}
+
+
+class Poll:
+    """The status and, if asked for, what row 0 has committed, on their way to the host while the device goes on."""
+
+    def __init__(self, state: JacobiState, tokens: bool):
+        self.sources = [state.status] + ([state.produced, state.output[:1]] if tokens else [])
+        on_gpu = state.status.is_cuda
+        self.copies = [torch.empty_like(source, device="cpu", pin_memory=on_gpu) for source in self.sources]
+        self.event = torch.cuda.Event() if on_gpu else None
+
+    def send(self) -> None:
+        for copy, source in zip(self.copies, self.sources, strict=True):
+            copy.copy_(source, non_blocking=True)
+        if self.event is not None:
+            self.event.record()
+
+    def wait(self) -> list[torch.Tensor]:
+        if self.event is not None:
+            self.event.synchronize()
+        return self.copies
+
+
+def make_step(session: Session, config: JacobiConfig, processing: Processing, backend: str) -> Callable[[], None]:
+    """An iteration: forward over the window, then ``converge_``. It reads nothing on the host."""
+    state = session.state
+    width = state.width
+
+    def step() -> None:
+        logits = session.forward(state.window, session.window_positions(width), width)
+        converge_(
+            processing(logits, state), state, mode=config.mode, refill=config.refill,
+            temperature=processing.temperature, backend=backend,
+        )  # fmt: skip
+
+    return step
+
+
+def run_chunks(
+    session: Session,
+    config: JacobiConfig,
+    processing: Processing,
+    backend: str,
+    on_tokens: Callable[[int, torch.Tensor], None] | None = None,
+) -> int:
+    """Iterates in graphs of several iterations until every row is done; returns how many were run.
+
+    Where the forward cannot be captured it warns, and leaves the rest to the caller.
+
+    The host reads the status of a graph when the next one is on its way already, so the device never waits for it.
+    What is run after the end changes nothing.
+
+    Args:
+        on_tokens: called with the number of tokens and the output of row 0 after every graph.
+
+    Raises:
+        ValueError: NaN logits.
+    """
+    state = session.state
+    step = make_step(session, config, processing, backend)
+    done = 0
+    if session.replay is None:
+        # Kernels are compiled and libraries set up by steps that run, and these tell how many tokens a step gives.
+        for _ in range(2):
+            step()
+        done = 2
+        check_status(int(state.status[1]))
+        rate = float(state.produced.sum() / state.iterations.sum().clamp(min=1))
+        expected = float((state.limits - state.produced).max()) / max(rate, 1.0)
+        session.chunk = max(1, min(_LONGEST_CHUNK, int(expected / _CHUNKS)))
+        try:
+            session.replay = capture(step, session.chunk)
+        except RuntimeError as error:
+            session.capturable = False
+            warnings.warn(
+                f"the model's forward cannot be captured as a CUDA graph, so each iteration is launched by itself: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return done
+
+    polls = [Poll(state, on_tokens is not None) for _ in range(2)]
+    last = None
+    for turn in range(2**62):
+        session.replay()
+        done += session.chunk
+        poll = polls[turn % 2]
+        poll.send()
+        if last is not None:
+            status, *tokens = last.wait()
+            if on_tokens is not None:
+                on_tokens(int(tokens[0][0]), tokens[1][0])
+            running, broken = status.tolist()
+            check_status(broken)
+            if not running:
+                break
+        last = poll
+    return done
+
+
+def check_status(broken: int) -> None:
+    """Raises ValueError if rows have NaN logits; nothing moves any more then."""
+    if broken:
+        raise ValueError(f"logits of {broken} rows hold NaN; they must not")

@@ -1,0 +1,54 @@
+"""`cllm bench` on the bundled CLLM, small."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from cllm_kernels.cli.app import app
+
+
+def bench(tmp_path, *arguments):
+    path = tmp_path / "rows.json"
+    result = CliRunner().invoke(
+        app,
+        ["bench", "--model", "cllm=models/spider-cllm", "--no-compiled", "--rounds", "1", "--json", str(path), *arguments],
+    )
+    return result, json.loads(path.read_text()) if path.exists() else None
+
+
+def test_rows(tmp_path):
+    result, rows = bench(tmp_path, "--prompts", "4", "--batch", "1", "--batch", "2", "--block-size", "8")
+    assert result.exit_code == 0, result.output
+    names = ["ar", "jacobi_window", "jacobi_block", "jacobi_lookup", "jacobi_auto"]
+    assert [row["method"] for row in rows] == ["hf_ar", "hf_prompt_lookup", *names, "hf_ar", *names]
+    for row in rows:
+        assert row["equal_to_hf_ar"] == 1 and row["prompts"] == 4
+        assert row["tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0
+        assert 0 <= row["exact_match"] <= 1 and len(row["speedup_quartiles"]) == 3
+        if row["method"] == "jacobi_window":
+            assert row["tokens_per_forward"] > 2 and row["fast_forwarded"] > 0 and row["steps"].keys() == {"context 8"}
+        if row["method"] == "ar":
+            assert row["tokens_per_forward"] == 1 and row["fast_forwarded"] == 0
+    assert rows[0]["speedup"] == 1
+    assert "jacobi_window" in result.output
+
+
+def test_other_texts(tmp_path):
+    data = tmp_path / "gsm8k"
+    data.mkdir()
+    (data / "test.jsonl").write_text(json.dumps({"question": "Natalia sold 48 clips. How many?", "answer": "48"}) + "\n")
+    result, rows = bench(tmp_path, "--workload", "gsm8k", "--data", str(tmp_path), "--max-new-tokens", "12")
+    assert result.exit_code == 0, result.output
+    assert all(row["equal_to_hf_ar"] == 1 and row["exact_match"] is None for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--workload", "mmlu"], "allowed are spider"), (["--workload", "humaneval", "--data", "/nowhere"], "no prompts at")],
+)
+def test_refused(tmp_path, arguments, message):
+    result, rows = bench(tmp_path, *arguments)
+    assert result.exit_code == 1 and rows is None and message in " ".join(result.output.split())
