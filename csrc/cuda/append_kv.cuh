@@ -13,6 +13,7 @@ constexpr int append_threads = 256;
 struct AppendArguments {
   AppendParams params;
   Rotation rotation;
+  int64_t element_size;
   int key_items, value_items;  // of a token
 };
 
@@ -26,29 +27,40 @@ __device__ void copy_item(const Strided& cache, const Strided& rows, int64_t bat
   reinterpret_cast<Vector*>(to)[item] = reinterpret_cast<const Vector*>(from)[item];
 }
 
+// x rounded to a type, for products and sums that must be rounded as transformers does.
+template <class A>
+__device__ float rounded(float x) {
+  A narrowed;
+  narrow(x, &narrowed);
+  return widen(narrowed);
+}
+
 // Writes element d of a key k: k[d] cos[d] + k'[d] sin[d], where k' is k with its halves swapped, the first negated.
-template <class T>
+// Both products and the sum are rounded to the type of the angles.
+template <class T, class A>
 __device__ void rotate_item(const AppendArguments& a, int64_t batch, int64_t head, int64_t token, int64_t position,
                             int d) {
   const Strided &cache = a.params.key_cache, &rows = a.params.key;
+  const Rotation& r = a.rotation;
   const T* from = static_cast<const T*>(rows.data) + batch * rows.strides[0] + head * rows.strides[1] +
                   token * rows.strides[2];
   T* to = static_cast<T*>(cache.data) + batch * cache.strides[0] + head * cache.strides[1] +
           position * cache.strides[2];
-  const int dim = static_cast<int>(a.rotation.dim), half = dim / 2;
+  const int dim = static_cast<int>(r.dim), half = dim / 2;
   if (d >= dim) {
     to[d] = from[d];
     return;
   }
-  const Rotation& r = a.rotation;
   const float other = d < half ? -widen(from[d + half]) : widen(from[d - half]);
-  const float cos = widen(static_cast<const T*>(r.cos)[batch * r.cos_strides[0] + token * r.cos_strides[1] + d]);
-  const float sin = widen(static_cast<const T*>(r.sin)[batch * r.sin_strides[0] + token * r.sin_strides[1] + d]);
-  narrow(widen(from[d]) * cos + other * sin, to + d);
+  const float cos = widen(static_cast<const A*>(r.cos)[batch * r.cos_strides[0] + token * r.cos_strides[1] + d]);
+  const float sin = widen(static_cast<const A*>(r.sin)[batch * r.sin_strides[0] + token * r.sin_strides[1] + d]);
+  const float sum = __fadd_rn(rounded<A>(__fmul_rn(widen(from[d]), cos)), rounded<A>(__fmul_rn(other, sin)));
+  narrow(rounded<A>(sum), to + d);
 }
 
-// Grid: items of all tokens x heads x rows. `T` is the element type where keys are rotated, else void.
-template <class Vector, class T>
+// Grid: items of all tokens x heads x rows. `T` is the element type where keys are rotated, else void; `A` that of the
+// angles.
+template <class Vector, class T, class A>
 CLLM_KERNEL(append_threads) append_kernel(AppendArguments a) {
   const AppendParams& p = a.params;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * append_threads + threadIdx.x;
@@ -60,11 +72,11 @@ CLLM_KERNEL(append_threads) append_kernel(AppendArguments a) {
   const int64_t position = p.lengths[batch] + token;
   if (position < 0 || position >= p.capacity) return;
   if (item >= a.key_items)
-    copy_item<Vector>(p.value_cache, p.value, batch, head, token, position, p.element_size, item - a.key_items);
+    copy_item<Vector>(p.value_cache, p.value, batch, head, token, position, a.element_size, item - a.key_items);
   else if constexpr (std::is_void_v<T>)
-    copy_item<Vector>(p.key_cache, p.key, batch, head, token, position, p.element_size, item);
+    copy_item<Vector>(p.key_cache, p.key, batch, head, token, position, a.element_size, item);
   else
-    rotate_item<T>(a, batch, head, token, position, item);
+    rotate_item<T, A>(a, batch, head, token, position, item);
 }
 
 }  // namespace cllm::cuda

@@ -18,6 +18,7 @@ struct Rotation {
   const void* sin;
   int64_t sin_strides[2];
   int64_t dim;
+  DType dtype;  // that of the keys, or float32
 };
 
 void append_kv(const AppendParams& params, const Rotation& rotation, DType dtype, const Stream& stream);
