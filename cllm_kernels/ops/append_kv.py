@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._library import check_float, check_last_dim, check_rank, check_rows, check_same, check_shape, register
+from ._library import (
+    DTYPE_CODES,
+    check_float,
+    check_last_dim,
+    check_rank,
+    check_rows,
+    check_same,
+    check_shape,
+    register,
+)
 
 
 def append_kv_(
@@ -82,6 +91,18 @@ def _implementation(key_cache, value_cache, key, value, lengths, backend="auto")
 
         check_room(lengths, key.size(2), capacity)
         run(key_cache, value_cache, key, value, lengths)
+        return
+    if backend == "cuda":
+        check_room(lengths, key.size(2), capacity)
+        code = DTYPE_CODES[key.dtype]
+        backends.CUDA.append_kv(
+            key_cache.data_ptr(), *key_cache.stride()[:3],
+            value_cache.data_ptr(), *value_cache.stride()[:3],
+            key.data_ptr(), *key.stride()[:3],
+            value.data_ptr(), *value.stride()[:3],
+            lengths.data_ptr(), batch, heads, capacity, key.size(2), dim, value.size(3),
+            0, 0, 0, 0, 0, 0, 0, code, code, *backends.cuda_stream(key.device),
+        )  # fmt: skip
         return
     backends.EXTENSION.append_kv(
         key_cache.data_ptr(), *key_cache.stride()[:3],

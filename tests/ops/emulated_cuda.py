@@ -55,7 +55,10 @@ def build(sanitize: bool = False) -> Path:
             sources += [ROOT / "csrc" / "bindings" / "cuda_module.cpp", EMULATION / "emulation.cpp"]
             objects = [ninja.build(f"{path.stem}.o", "cxx", str(path))[0] for path in sources]
             ninja.build(target.name, "link", objects)
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(directory)], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "ninja", "-C", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"the CUDA sources do not compile for the host:\n{done.stdout[-5000:]}")
     return target
 
 
