@@ -4,6 +4,8 @@ Triton's kernels run in its interpreter here (tests/conftest.py), and the CUDA s
 emulation of cuda_emulation/; on a GPU, test_ops_on_gpu.py runs both.
 """
 
+import os
+
 import emulated_cuda
 import pytest
 import torch
@@ -45,7 +47,7 @@ def backend(request):
 def emulated_module():
     if emulated_cuda.reason() is not None:
         pytest.skip(emulated_cuda.reason())
-    return emulated_cuda.load(emulated_cuda.build())
+    return emulated_cuda.load(emulated_cuda.build(sanitize=os.environ.get("CLLM_EMULATION_SANITIZE") == "1"))
 
 
 @pytest.fixture
