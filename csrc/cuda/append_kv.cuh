@@ -61,7 +61,7 @@ __device__ void rotate_item(const AppendArguments& a, int64_t batch, int64_t hea
 // Grid: items of all tokens x heads x rows. `T` is the element type where keys are rotated, else void; `A` that of the
 // angles.
 template <class Vector, class T, class A>
-CLLM_KERNEL(append_threads) append_kernel(AppendArguments a) {
+CLLM_KERNEL(append_threads, 4) append_kernel(AppendArguments a) {
   const AppendParams& p = a.params;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * append_threads + threadIdx.x;
   const int items = a.key_items + a.value_items;

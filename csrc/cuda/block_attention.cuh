@@ -321,7 +321,7 @@ __device__ void write_rows(const AttentionArguments& a, const Warp<T, Tile>& war
 
 // Grid: (tiles of rows x splits) x cache heads x batch rows.
 template <class T, class Tile>
-CLLM_KERNEL(Tile::threads) attention_kernel(AttentionArguments a) {
+CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
   const AttentionParams& p = a.params;
   unsigned char* memory = shared_memory();
   uint16_t* queries = reinterpret_cast<uint16_t*>(memory);
@@ -446,7 +446,7 @@ constexpr int merge_threads = 128;
 
 // Grid: rows, four to a block, x cache heads x batch rows.
 template <class T>
-CLLM_KERNEL(merge_threads) merge_kernel(AttentionArguments a) {
+CLLM_KERNEL(merge_threads, 8) merge_kernel(AttentionArguments a) {
   const int row = blockIdx.x * (merge_threads / 32) + threadIdx.x / 32;
   if (row < a.rows) merge_row<T>(a, blockIdx.z, blockIdx.y, row);
 }

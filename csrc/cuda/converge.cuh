@@ -204,8 +204,8 @@ __device__ inline bool converge_row(const ConvergeArguments& a, int64_t row, uns
     const int born = !taken ? INT32_MIN : agreed(i) ? at.since[i + 1] : forward;
     int here = born;
     for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(all_lanes, here, step);
-      if (lane >= step && other > here) here = other;
+      const int other = __shfl_up_sync(all_lanes, here, step);  // its own where there is none
+      if (other > here) here = other;
     }
     if (here < reached) here = reached;
     int before = __shfl_up_sync(all_lanes, here, 1);
@@ -308,7 +308,7 @@ __device__ inline void converge_tail(const ConvergeArguments& a, TailCounts* cou
 
 // Grid: positions x splits.
 template <class T, bool Sample>
-CLLM_KERNEL(converge_threads) converge_kernel(ConvergeArguments a) {
+CLLM_KERNEL(converge_threads, 4) converge_kernel(ConvergeArguments a) {
   unsigned char* memory = shared_memory();
   uint64_t* scratch = reinterpret_cast<uint64_t*>(memory);
   TailCounts* counts = reinterpret_cast<TailCounts*>(scratch + converge_warps);

@@ -54,8 +54,8 @@ void launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared, const
   check(cudaGetLastError());
 }
 
-// Registers are the limit of none of the kernels: spilling costs more than a block less on a multiprocessor.
-#define CLLM_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+// `blocks` of them have to fit on a multiprocessor, which bounds the registers of a thread.
+#define CLLM_KERNEL(threads, blocks) __global__ void __launch_bounds__(threads, blocks)
 
 __device__ __forceinline__ unsigned char* shared_memory() {
   extern __shared__ __align__(16) unsigned char dynamic_shared_memory[];

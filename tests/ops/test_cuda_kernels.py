@@ -136,7 +136,8 @@ def test_sanitizers_find_nothing():
     command = [
         sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", folder / "test_cuda_kernels.py",
         folder / "test_append_kv.py", folder / "test_converge.py",
-        "-k", "test_cuda_kernels or cuda-emulated and not opcheck and not bad_input and not distributed",
+        "-k", "not torch.float16 and (test_cuda_kernels or cuda-emulated and not opcheck and not bad_input and not "
+        "distributed and not oracle and not 70001)",
     ]  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

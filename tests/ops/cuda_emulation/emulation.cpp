@@ -82,7 +82,7 @@ struct Machine {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
 #endif
-  std::string error;
+  std::mt19937 random{1};
 };
 Machine machine;
 
@@ -155,13 +155,25 @@ void run_block(dim3 grid, dim3 block, int threads) {
   }
   for (WarpState& warp : machine.warps) warp.arrived = warp.turn = 0;
   std::memset(machine.memory.get(), 0xFF, machine.memory_bytes);
+  // A warp runs as far as it gets alone, in an arbitrary order of warps and of lanes, so that one that did not wait for
+  // the others is far ahead of them.
+  std::vector<int> order(threads / 32);
+  for (size_t warp = 0; warp < order.size(); ++warp) order[warp] = static_cast<int>(warp);
   while (machine.left) {
     bool moved = false;
-    for (int i = 0; i < threads; ++i)
-      if (machine.fibers[i].state == Fiber::ready) {
-        to_fiber(machine.fibers[i]);
-        moved = true;
+    std::shuffle(order.begin(), order.end(), machine.random);
+    for (int warp : order) {
+      const int flip = machine.random() % 32;
+      for (bool moving = true; moving;) {
+        moving = false;
+        for (int i = 0; i < 32; ++i) {
+          Fiber& fiber = machine.fibers[warp * 32 + (i ^ flip)];
+          if (fiber.state != Fiber::ready) continue;
+          to_fiber(fiber);
+          moving = moved = true;
+        }
       }
+    }
     if (!moved) fail("threads wait for others that wait elsewhere or have ended");
   }
 }
@@ -186,7 +198,7 @@ void run_grid(dim3 grid, int threads, size_t shared, const std::function<void()>
   for (unsigned z = 0; z < grid.z; ++z)
     for (unsigned y = 0; y < grid.y; ++y)
       for (unsigned x = 0; x < grid.x; ++x) blocks.emplace_back(x, y, z);
-  std::shuffle(blocks.begin(), blocks.end(), std::mt19937(static_cast<unsigned>(blocks.size())));
+  std::shuffle(blocks.begin(), blocks.end(), machine.random);
   for (const dim3& block : blocks) run_block(grid, block, threads);
 }
 

@@ -18,7 +18,7 @@
 #define __host__
 #define __global__
 #define __forceinline__ inline
-#define CLLM_KERNEL(threads) void
+#define CLLM_KERNEL(threads, blocks) void
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
