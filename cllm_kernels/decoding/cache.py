@@ -30,15 +30,28 @@ class JacobiCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes a window's ``[B, Hkv, n, D]`` keys and values; returns the whole ``[B, Hkv, S, D]`` buffers."""
+        """Writes a window's ``[B, Hkv, n, D]`` keys and values; returns the whole ``[B, Hkv, S, D]`` buffers.
+
+        With fewer rows than the first window had, these are the first rows of the buffers.
+        """
         buffers = self._buffers.get(layer_idx)
         if buffers is None:
             buffers = self._buffers[layer_idx] = tuple(
                 states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
                 for states in (key_states, value_states)
             )
-        append_kv_(*buffers, key_states, value_states, self.lengths, backend=self.backend)
+        rows, lengths = key_states.shape[0], self.lengths
+        if rows < lengths.shape[0]:
+            buffers, lengths = tuple(buffer[:rows] for buffer in buffers), lengths[:rows]
+        append_kv_(*buffers, key_states, value_states, lengths, backend=self.backend)
         return buffers
+
+    def move_row(self, source: int, target: int) -> None:
+        """Copies what row ``source`` holds over row ``target``."""
+        length = int(self.lengths[source])
+        for buffers in self._buffers.values():
+            for buffer in buffers:
+                buffer[target, :, :length] = buffer[source, :, :length]
 
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
         """int32 ``[B]``: the valid rows. A tensor, since reading it would make the host wait."""

@@ -143,7 +143,12 @@ def decode(
         running = int(state.status[0])
         if on_commit is not None:
             stream(int(state.produced[0]), state.output[0])
+    # Finished rows leave the batch where nothing knows rows by their number.
+    shrinks = session.cache is not None and not (looks or config.adapts or config.record_trajectory or processing.processors)
+    shrinks = shrinks and lookup is None
     while running:
+        if shrinks and running < state.rows:
+            state = session.drop_finished()
         if choice is not None:
             started = time.perf_counter()
             source, n = choice.next()
@@ -160,11 +165,15 @@ def decode(
         forwards += 1
     end = time.perf_counter()
 
+    state = session.whole
     produced = state.produced.tolist()
+    place = sorted(range(len(produced)), key=session.order.__getitem__)
+    output = state.output.tolist()
+    row_statistics = _row_statistics(state, windows.accept_histogram())
     return Decoded(
-        tokens=[row[:count] for row, count in zip(state.output.tolist(), produced, strict=True)],
+        tokens=[output[row][: produced[row]] for row in place],
         statistics=JacobiStatistics(
-            rows=_row_statistics(state, windows.accept_histogram()),
+            rows=tuple(row_statistics[row] for row in place),
             forwards=forwards,
             steps=steps,
             block_size=config.width,

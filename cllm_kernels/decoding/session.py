@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 
 from ..ops import JacobiState, converge_
+from ..ops.state_fields import FIELDS
+from .cache import JacobiCache
 from .config import JacobiConfig
 from .processing import Processing
 
@@ -27,12 +29,14 @@ class Session:
     """What the iterations of a decode work on. Nothing in it moves, so that a graph can hold its addresses.
 
     Attributes:
-        forward: the model. It writes its keys and values at the cache rows behind ``bounds[0]``.
+        forward: the model. It writes its keys and values at the cache rows behind ``bounds[0]``. It takes the first
+            rows alone too.
         state: made by ``JacobiState.create``.
         bounds: int32 ``[2, B]``: valid cache rows (the storage of ``state.lengths``) and padding tokens before each
             row's prompt.
         max_position: highest position id that the model can take; drafts behind it never get committed, so their
             positions are clamped. None for no limit.
+        cache: of the forward; without it finished rows stay in the batch.
         chunk, replay: iterations of the captured graph and what launches it; 0 and None before there is one.
         capturable: False once the forward could not be captured.
     """
@@ -41,6 +45,7 @@ class Session:
     state: JacobiState
     bounds: torch.Tensor
     max_position: int | None = None
+    cache: JacobiCache | None = None
     chunk: int = 0
     replay: Callable[[], None] | None = None
     capturable: bool = True
@@ -48,14 +53,34 @@ class Session:
     def __post_init__(self):
         self.columns = torch.arange(self.state.width, device=self.bounds.device)
         self.positions = torch.empty_like(self.state.window)
+        # the state of all rows, and which row of the batch each of its rows is
+        self.whole = self.state
+        self.order = list(range(self.state.rows))
         self.limit = torch.iinfo(torch.int64).max if self.max_position is None else self.max_position
 
     def window_positions(self, width: int) -> torch.Tensor:
         """int64 ``[B, width]``: the position ids of the window."""
-        positions = self.positions[:, :width]
-        lengths, starts = self.bounds.unbind()
+        rows = self.state.rows
+        positions = self.positions[:rows, :width]
+        lengths, starts = self.bounds[:, :rows].unbind()
         torch.sub(self.columns[:width], starts[:, None], out=positions)
         return positions.add_(lengths[:, None]).clamp_(max=self.limit)
+
+    def drop_finished(self) -> JacobiState:
+        """Goes on with the running rows alone, moved to the front; returns their state, which shares memory with `whole`."""
+        done = self.state.done.tolist()
+        count = done.count(0)
+        holes = [row for row in range(count) if done[row]]
+        movers = [row for row in range(count, len(done)) if not done[row]]
+        tensors = dict(zip((name for name, *_ in FIELDS), self.whole.tensors(), strict=True))
+        by_row = [name for name, _, shape, _ in FIELDS if shape.startswith("B")]
+        for hole, mover in zip(holes, movers, strict=True):
+            self.cache.move_row(mover, hole)
+            for tensor in [self.bounds[1], *(tensors[name] for name in by_row)]:
+                tensor[[hole, mover]] = tensor[[mover, hole]]
+            self.order[hole], self.order[mover] = self.order[mover], self.order[hole]
+        self.state = JacobiState(**tensors | {name: tensors[name][:count] for name in by_row})
+        return self.state
 
     def restart(self, state: JacobiState, starts: torch.Tensor) -> None:
         """Begins with another prompt of the same shapes."""

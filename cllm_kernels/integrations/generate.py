@@ -479,7 +479,7 @@ def _session(
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
         outputs = model(
             input_ids=tokens,
-            attention_mask=mask,
+            attention_mask=mask[:, : tokens.shape[0]],
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,
@@ -487,7 +487,7 @@ def _session(
         )
         return outputs.logits[:, -keep:]
 
-    session = Session(forward, state, bounds, max_position)
+    session = Session(forward, state, bounds, max_position, cache)
     if kept:
         # One at a time: its cache may be large.
         for old in [other for other in memory if other[0] == "session"]:

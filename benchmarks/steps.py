@@ -1,0 +1,236 @@
+"""What a decode step costs at real shapes, over the window's width and the cache's length, with random weights.
+
+    python benchmarks/steps.py --shape qwen2.5-0.5b --width 1 --width 16 --length 128 --length 4096
+    python benchmarks/steps.py --shape llama-2-7b --dtype bfloat16 --device cuda --json results.json
+
+A step is a forward over the window behind a cache of the given length, and what turns its logits into tokens. The
+methods take turns in one process: transformers' eager step with its dynamic cache, its step with a static cache and
+torch.compile, ours with one token and with windows. The floor is the time in which a copy would read the weights and
+the cache once, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from measure import bandwidth, rate
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
+
+from cllm_kernels import JacobiConfig, backends
+from cllm_kernels.comparison import device_name
+from cllm_kernels.decoding import JacobiCache, Processing, Session
+from cllm_kernels.decoding.session import capture, make_step
+from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.ops import JacobiState
+
+_LONG = 1 << 18
+SHAPES = {
+    "spider": lambda: AutoConfig.from_pretrained("models/spider-cllm"),
+    "qwen2.5-0.5b": lambda: Qwen2Config(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=_LONG,
+    ),
+    "qwen2.5-1.5b": lambda: Qwen2Config(
+        vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=_LONG,
+    ),
+    "qwen2.5-7b": lambda: Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, max_position_embeddings=_LONG,
+    ),
+    "llama-2-7b": lambda: LlamaConfig(
+        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, max_position_embeddings=_LONG,
+    ),
+    "llama-3-8b": lambda: LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, max_position_embeddings=_LONG,
+    ),
+}  # fmt: skip
+
+
+def random_model(shape: str, dtype: torch.dtype, device: torch.device):
+    config = SHAPES[shape]()
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        try:
+            return AutoModelForCausalLM.from_config(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def fill(cache, model, length: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Random keys and values at the first `length` rows of every layer."""
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for layer in range(config.num_hidden_layers):
+        states = torch.randn(2, 1, config.num_key_value_heads, length, dim, dtype=dtype, device=device)
+        cache.update(states[0], states[1], layer)
+
+
+def hf_step(model, cache, forward, length: int, device: torch.device):
+    """What generate does for a token, but for its bookkeeping: forward, float32 logits, argmax, a look at the token."""
+    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    at = length
+
+    def step():
+        nonlocal at
+        positions = torch.full((1, 1), at, device=device)
+        logits = forward(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        token.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
+        at += 1
+        return token.item()
+
+    return step
+
+
+def our_session(model, length: int, width: int, room: int, dtype: torch.dtype, device: torch.device) -> Session:
+    bounds = torch.zeros(2, 1, dtype=torch.int32, device=device)
+    prompt = torch.randint(0, model.config.vocab_size, (1, 64), device=device)
+    state = JacobiState.create(prompt, limits=room, block_size=width)
+    state.lengths.set_(bounds[0])
+    cache = JacobiCache(bounds[0], length + room + width)
+    bounds[0] = 0
+    fill(cache, model, length, dtype, device)
+    # what the cache made for `length` rows holds its whole capacity
+    bounds[0] = length
+    mask = as_mask(bounds)
+
+    def forward(tokens, positions, keep):
+        return model(
+            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+
+    return Session(forward, state, bounds)
+
+
+def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
+    config = model.config
+    weights = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+    if not config.tie_word_embeddings:
+        weights -= config.vocab_size * config.hidden_size  # of the embedding, a row a token is read
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * length * dim
+    flops = 2 * width * weights + 4 * width * config.num_hidden_layers * config.num_attention_heads * length * dim
+    threads = torch.get_num_threads()
+    # measured with as many bytes read as written, so what is only read takes half as long at most
+    arithmetic = rate(dtype if device.type == "cuda" else torch.float32, threads)
+    return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
+
+
+def measure(shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool):
+    rows = []
+    model = random_model(shape, dtype, device)
+    on_gpu = device.type == "cuda"
+    backend = backends.resolve("auto", device)
+    room = 16 * (repeats + 32)
+
+    def sync():
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    for length in lengths:
+        steps = {}  # name and width: what has to be set up, untimed, and the step
+        plain = contextlib.nullcontext
+
+        def ours_enabled():
+            return block_attention_enabled(model, backend)
+
+        with torch.inference_mode():
+            cache = DynamicCache(config=model.config)
+            fill(cache, model, length, dtype, device)
+            steps["hf_eager", 1] = plain, hf_step(model, cache, model, length, device)
+            if compiled:
+                static = StaticCache(config=model.config, max_cache_len=length + room)
+                fill(static, model, length, dtype, device)
+                call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+                steps["hf_compiled", 1] = plain, hf_step(model, static, call, length, device)
+            for width in widths:
+                session = our_session(model, length, width, room, dtype, device)
+                config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
+                ours = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
+
+                def eager(ours=ours, session=session):
+                    ours()
+                    return session.state.status.tolist()
+
+                steps["ours", width] = ours_enabled, eager
+                if on_gpu:
+                    with ours_enabled():
+                        ours()
+                        steps["ours_graph", width] = plain, capture(ours, 1)
+            times = {name: [] for name in steps}
+            for turn in range(repeats + 3):
+                for name, (setup, step) in steps.items():
+                    with setup():
+                        step()  # so that each finds its own code and data in the caches
+                        sync()
+                        begin = time.perf_counter()
+                        step()
+                        sync()
+                        if turn >= 3:  # the first ones compile
+                            times[name].append(time.perf_counter() - begin)
+        base = statistics.median(times["hf_eager", 1])
+        for (method, width), values in times.items():
+            median = statistics.median(values)
+            floor = floor_seconds(model, length, width, dtype, device)
+            quartiles = statistics.quantiles(values, n=4)
+            rows.append(
+                {
+                    "shape": shape, "method": method, "block_size": width, "cache_length": length,
+                    "ms": 1e3 * median, "ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+                    "over_hf_eager": base / median, "floor_ms": 1e3 * floor, "of_floor": floor / median,
+                    "over_ours_1": median / statistics.median(times["ours", 1]) if ("ours", 1) in times else None,
+                    "repeats": repeats, "dtype": str(dtype).removeprefix("torch."), "device": device_name(device),
+                    "threads": torch.get_num_threads(), "backend": backend if method.startswith("ours") else "transformers",
+                    "torch": torch.__version__, "transformers": transformers.__version__,
+                }
+            )  # fmt: skip
+        del steps
+        gc.collect()
+    return rows
+
+
+def main(
+    shape: Annotated[list[str], typer.Option(help=", ".join(SHAPES))],
+    width: Annotated[list[int], typer.Option(min=1)] = (1, 2, 4, 8, 16, 32, 64, 128),
+    length: Annotated[list[int], typer.Option(min=1)] = (128, 1024),
+    dtype: str = "float32",
+    device: str = "cpu",
+    repeats: Annotated[int, typer.Option(min=2)] = 15,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+    compiled: bool = True,
+    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    if threads:
+        torch.set_num_threads(threads)
+    rows = []
+    for name in shape:
+        rows += measure(name, getattr(torch, dtype), torch.device(device), width, length, repeats, compiled)
+    table = Table(title=f"ms a step, {dtype}, {rows[0]['device']}, {rows[0]['threads']} threads, medians of {repeats}")
+    for heading in ("shape", "method", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor"):
+        table.add_column(heading, justify="left" if heading in ("shape", "method") else "right")
+    for row in rows:
+        table.add_row(
+            row["shape"], row["method"], str(row["block_size"]), str(row["cache_length"]), f"{row['ms']:.2f}",
+            "-".join(f"{value:.2f}" for value in row["ms_quartiles"]), f"{row['over_hf_eager']:.2f}x",
+            "" if row["over_ours_1"] is None else f"{row['over_ours_1']:.2f}", f"{row['of_floor']:.0%}",
+        )  # fmt: skip
+    Console(width=130).print(table)
+    if json_path:
+        json_path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
