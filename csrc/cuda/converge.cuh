@@ -262,46 +262,71 @@ __device__ inline bool converge_row(const ConvergeArguments& a, int64_t row, uns
 }
 
 struct TailCounts {
-  int running, broken, left;
+  int running, counted, nan;  // rows that ran; that go on, or that have NaN if any has; whether any has
 };
 // Shared memory before the rows: a key of each warp, the counts, and whether the block is the last.
 constexpr int64_t converge_head = converge_warps * 8 + 16;
 static_assert(converge_head + converge_warps * row_bytes(largest_window) <= 99 * 1024, "a block can have this on all GPUs");
+
+// The best key of each position that runs to keys[position][0], by teams of as many lanes as there are splits, so that
+// what other blocks wrote is read in few rounds. Returns how many rows run, of those that this thread looked at.
+__device__ inline int merge_keys(const ConvergeArguments& a, TailCounts* counts) {
+  const JacobiState& s = a.state;
+  const int64_t positions = s.rows * s.width;
+  int team = 1, running = 0;
+  while (team < a.splits && team < 32) team *= 2;
+  const int member = threadIdx.x % team;
+  for (int64_t begin = 0; begin < positions; begin += converge_threads / team) {
+    const int64_t position = begin + threadIdx.x / team;
+    const bool runs = position < positions && s.done[position / s.width] == 0;
+    uint64_t best = no_key;
+    if (runs)
+      for (int split = member; split < a.splits; split += team)
+        best = larger(best, load_shared_result(a.keys + position * a.splits + split));
+    for (int step = team / 2; step; step /= 2) best = larger(best, __shfl_xor_sync(all_lanes, best, step));
+    if (!runs || member != 0) continue;
+    a.keys[position * a.splits] = best;
+    running += position % s.width == 0;
+    if (best == nan_key) atomicAdd(&counts->nan, 1);
+  }
+  return running;
+}
+
+// How many running rows have NaN, of those of this warp.
+__device__ inline int broken_rows(const ConvergeArguments& a) {
+  const JacobiState& s = a.state;
+  const int n = static_cast<int>(s.width);
+  int broken = 0;
+  for (int64_t row = threadIdx.x / 32; row < s.rows; row += converge_warps)
+    if (s.done[row] == 0)
+      broken += first_where(n, [&](int i) { return a.keys[(row * n + i) * a.splits] == nan_key; }) < n;
+  return broken;
+}
 
 __device__ inline void converge_tail(const ConvergeArguments& a, TailCounts* counts, unsigned char* memory) {
   const JacobiState& s = a.state;
   const int n = static_cast<int>(s.width), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   if (threadIdx.x == 0) *counts = {0, 0, 0};
   __syncthreads();
-  for (int64_t row = warp; row < s.rows; row += converge_warps) {
-    if (s.done[row] != 0) continue;
-    bool broken = false;
-    for (int i = lane; i < n; i += 32) {
-      uint64_t* keys = a.keys + (row * n + i) * a.splits;
-      uint64_t best = no_key;
-      for (int split = 0; split < a.splits; ++split) best = larger(best, load_shared_result(keys + split));
-      keys[0] = best;
-      broken |= best == nan_key;
-    }
-    broken = __any_sync(all_lanes, broken);
-    if (lane == 0) {
-      atomicAdd(&counts->running, 1);
-      if (broken) atomicAdd(&counts->broken, 1);
-    }
-  }
+  const int running = merge_keys(a, counts);
+  if (running) atomicAdd(&counts->running, running);
   __syncthreads();
-  const int running = counts->running, broken_rows = counts->broken;
-  if (broken_rows == 0)
+  if (counts->nan) {
+    const int broken = broken_rows(a);
+    if (lane == 0 && broken) atomicAdd(&counts->counted, broken);
+  } else {
+    int left = 0;
     for (int64_t row = warp; row < s.rows; row += converge_warps) {
       if (s.done[row] != 0) continue;
-      const bool goes_on = converge_row(a, row, memory + warp * row_bytes(n + n % 2));
-      __syncwarp();
-      if (lane == 0 && goes_on) atomicAdd(&counts->left, 1);
+      left += converge_row(a, row, memory + warp * row_bytes(n + n % 2));
+      __syncwarp();  // the next row takes this one's memory
     }
+    if (lane == 0 && left) atomicAdd(&counts->counted, left);
+  }
   __syncthreads();
   if (threadIdx.x == 0) {
-    s.status[0] = broken_rows ? running : counts->left;
-    s.status[1] = broken_rows;
+    s.status[0] = counts->nan ? counts->running : counts->counted;
+    s.status[1] = counts->nan ? counts->counted : 0;
     *a.ticket = 0;  // for the next launch
   }
 }
