@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from measure import BACKEND, DEVICE, ON_GPU, compare
 
 from cllm_kernels import backends
-from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_
+from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax
+from cllm_kernels.ops.append_kv import rotate
 
 DTYPES = {"bf16": torch.bfloat16} if ON_GPU else {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARIES = (32_000, 128_256, 152_064)
@@ -154,4 +155,59 @@ def test_append_kv(benchmark, report, dtype, shape):
             flops=0,
             nbytes=2 * sum(tensor.nbytes for tensor in window),
             dtype=DTYPES[dtype],
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_kv_with_rope(benchmark, report, dtype, shape):
+    """Keys rotated while they are written, against PyTorch's rotation before our op or PyTorch's indexed assignment."""
+    _, kv_heads, dim = SHAPES[shape]
+    make = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
+    caches = [make(4, kv_heads, 2048, dim) for _ in range(2)]
+    key, value = (make(4, 16, kv_heads, dim).transpose(1, 2) for _ in range(2))
+    cos, sin = (make(4, 16, dim) for _ in range(2))
+    lengths = torch.tensor([5, 700, 31, 2000], dtype=torch.int32, device=DEVICE)
+
+    def rotated_before(backend):
+        append_kv_(*caches, rotate(key, cos, sin), value, lengths, backend=backend)
+
+    with torch.inference_mode():
+        compare(
+            benchmark,
+            report,
+            lambda: append_kv_(*caches, key, value, lengths, cos, sin, backend=BACKEND),
+            {
+                "rotated in torch, appended by the op": lambda: rotated_before(BACKEND),
+                "torch": lambda: rotated_before("torch"),
+            },
+            flops=3 * key.numel(),
+            nbytes=2 * (key.nbytes + value.nbytes) + cos.nbytes + sin.nbytes,
+            dtype=DTYPES[dtype],
+        )
+
+
+# (V, H) of Llama-3-8B, Qwen2.5-7B and Llama-2-7B.
+HEADS = {"128256x4096": (128_256, 4096), "152064x3584": (152_064, 3584), "32000x4096": (32_000, 4096)}
+
+
+@pytest.mark.skipif(not ON_GPU, reason="lm_head_argmax has no kernel for the CPU; there is no GPU")
+@pytest.mark.parametrize("width", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("head", HEADS)
+def test_lm_head_argmax(benchmark, report, head, width):
+    vocabulary, size = HEADS[head]
+    make = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+    hidden, weight = make(1, width, size), make(vocabulary, size)
+    with torch.inference_mode():
+        compare(
+            benchmark,
+            report,
+            lambda: lm_head_argmax(hidden, weight, backend=BACKEND),
+            {
+                "linear, argmax": lambda: F.linear(hidden, weight).argmax(-1),
+                "linear alone": lambda: F.linear(hidden, weight),
+            },
+            flops=2 * width * vocabulary * size,
+            nbytes=weight.nbytes + hidden.nbytes,
+            dtype=hidden.dtype,
         )

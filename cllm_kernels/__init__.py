@@ -3,6 +3,7 @@
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Certificate": "integrations.verification",
     "JacobiConfig": "decoding",
     "JacobiGenerator": "integrations.generate",
     "JacobiOutput": "integrations.generate",
@@ -10,6 +11,7 @@ _EXPORTS = {
     "disable_jacobi": "integrations.generate",
     "enable_jacobi": "integrations.generate",
     "jacobi_generate": "integrations.generate",
+    "verify": "integrations.verification",
 }
 __all__ = sorted(_EXPORTS)
 

@@ -114,24 +114,30 @@ def available() -> dict[str, str | None]:
     return {"cpp": _REASON, "cuda": _cuda_reason(), "triton": _triton_reason(), "torch": None}
 
 
-def _auto_on_gpu(device: torch.device, refusal: str | None) -> str:
-    for name in GPU_ORDER[:-1]:
-        if name == "triton" and not interpreted() and _triton_reason() is None:
+def _auto_on_gpu(device: torch.device, refusal: str | None, kernels: tuple[str, ...]) -> str:
+    for name in GPU_ORDER:
+        if name == "triton" and name in kernels and not interpreted() and _triton_reason() is None:
             return name
-        if name == "cuda" and refusal is None and CUDA is not None:
+        if name == "cuda" and name in kernels and refusal is None and CUDA is not None:
             reason = _cuda_device_reason(device)
             if reason is None:
                 return name
             _report(reason)
-    return GPU_ORDER[-1]
+    return "torch"
 
 
-def resolve(name: str, device: torch.device, refusal: str | None = None) -> str:
+def resolve(
+    name: str,
+    device: torch.device,
+    refusal: str | None = None,
+    kernels: tuple[str, ...] = ("cpp", "cuda", "triton"),
+) -> str:
     """The backend that runs when `name` is asked for with tensors on `device`.
 
     "auto" takes the environment variable CLLM_BACKEND if it is set. Else, on a CUDA device, it is the first of
     GPU_ORDER that is there: "cuda" where it is built, the driver and the device can run it, and nothing speaks against
     this call, which `refusal` says. On the CPU it is "cpp" where it is there, else "torch".
+    kernels: the backends that the op has beside "torch".
 
     Raises ValueError on an unknown name and on "cuda" with a refusal, and RuntimeError on a backend that cannot run,
     with the reason.
@@ -140,10 +146,13 @@ def resolve(name: str, device: torch.device, refusal: str | None = None) -> str:
         name = os.environ.get("CLLM_BACKEND") or "auto"
         if name == "auto":
             if device.type == "cpu":
-                return "torch" if EXTENSION is None else "cpp"
-            return _auto_on_gpu(device, refusal) if device.type == "cuda" else "torch"
+                return "cpp" if EXTENSION is not None and "cpp" in kernels else "torch"
+            return _auto_on_gpu(device, refusal, kernels) if device.type == "cuda" else "torch"
     if name == "torch":
         return name
+    if name in NAMES and name not in kernels:
+        allowed = ", ".join(map(repr, ("auto", *kernels, "torch")))
+        raise RuntimeError(f"backend {name!r} was asked for but this op has no such kernel; allowed are {allowed}")
     if name == "cpp":
         if EXTENSION is None:
             raise RuntimeError(f"backend 'cpp' was asked for but {_REASON}")

@@ -1,7 +1,8 @@
-"""Commands of ``cllm``: demo, generate, bench, doctor."""
+"""Commands of ``cllm``: demo, generate, verify, bench, doctor."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import JacobiConfig, JacobiGenerator, __version__, backends
+from .. import verify as _verify
 from . import bench as _bench
 from . import demo as _demo
 
@@ -76,8 +78,50 @@ def generate(
     run = generator.statistics
     Console(stderr=True).print(
         f"{run.tokens} tokens, {run.forwards} forwards, {run.tokens_per_forward:.2f} tokens per forward, "
-        f"{run.tokens_per_second:.1f} tokens/s, backend {run.backend}"
+        f"{run.tokens_per_second:.1f} tokens/s, backend {run.backend}, {run.attention} attention"
     )
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Option(help="Local checkpoint or hub name of a causal LM.")],
+    prompt: Annotated[str, typer.Option(help="Text that was continued.")],
+    ids: Annotated[str | None, typer.Option(help="New token ids, by spaces or commas; decoded here if not given.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of the run; 128, or as many as ids.")] = None,
+    block_size: BlockSize = 16,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampled tokens.")] = 0,
+    backend: Annotated[str, typer.Option(help="auto, or a name that `cllm doctor` lists.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the certificate here.")] = None,
+) -> None:
+    """Checks token by token that an output is what the model gives; exits with 1 where it is not."""
+    sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed) if temperature else {}
+    options = {"do_sample": False, "block_size": block_size, "backend": backend} | sampling
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+        if ids is None:
+            options["max_new_tokens"] = max_new_tokens or 128
+            output = JacobiGenerator(loaded).generate(**inputs, **options)
+        else:
+            new = torch.tensor([[int(token) for token in ids.replace(",", " ").split()]], device=device)
+            options["max_new_tokens"] = max_new_tokens or max(1, new.shape[1])
+            output = torch.cat((inputs["input_ids"], new.long()), dim=1)
+        certificate = _verify(loaded, **inputs, output=output, **options)
+    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
+        _fail(error)
+    if json_path:
+        rows = dataclasses.asdict(certificate)
+        summary = dict(exact=certificate.exact, lossless=certificate.lossless, near_ties=certificate.near_ties)
+        json_path.write_text(json.dumps(summary | rows, indent=1) + "\n")
+    console.print(str(certificate), highlight=False, markup=False)
+    if not certificate.lossless:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -5,7 +5,20 @@ from .cache import JacobiCache
 from .config import JacobiConfig
 from .loop import Decoded, decode
 from .processing import Processing, Stopping, is_stateful
-from .session import Session
+from .session import Forward, Session
 from .statistics import JacobiStatistics, RowStatistics
 
-__all__ = ["AdaptiveChoice", "Decoded", "JacobiCache", "JacobiConfig", "JacobiStatistics", "Processing", "RowStatistics", "Session", "Stopping", "decode", "is_stateful"]
+__all__ = [
+    "AdaptiveChoice",
+    "Decoded",
+    "Forward",
+    "JacobiCache",
+    "JacobiConfig",
+    "JacobiStatistics",
+    "Processing",
+    "RowStatistics",
+    "Session",
+    "Stopping",
+    "decode",
+    "is_stateful",
+]

@@ -18,13 +18,16 @@ class JacobiCache(Cache):
         lengths: int32 ``[B]``, valid rows of each batch row, on the model's device. Shared with the loop's state.
         capacity: rows of each buffer.
         backend: of ``append_kv_``.
+        zeros: whether fresh buffers are zeros. Attention that adds a mask multiplies what it hides by 0, which must not
+            be NaN; block attention does not read it.
     """
 
-    def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto"):
+    def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto", zeros: bool = False):
         super().__init__(layers=[])
         self.lengths = lengths
         self.capacity = capacity
         self.backend = backend
+        self.zeros = zeros
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
@@ -36,8 +39,9 @@ class JacobiCache(Cache):
         """
         buffers = self._buffers.get(layer_idx)
         if buffers is None:
+            fresh = torch.zeros if self.zeros else torch.empty
             buffers = self._buffers[layer_idx] = tuple(
-                states.new_empty(*states.shape[:2], self.capacity, states.shape[3])
+                fresh(*states.shape[:2], self.capacity, states.shape[3], dtype=states.dtype, device=states.device)
                 for states in (key_states, value_states)
             )
         rows, lengths = key_states.shape[0], self.lengths

@@ -51,6 +51,7 @@ class JacobiStatistics:
         prefill_seconds: wall clock up to the end of the first forward's convergence check.
         decode_seconds: wall clock of all later iterations.
         processor_calls, processor_seconds: calls of logits processors, and the wall clock that they took of the above.
+        attention: ``"block"``, or ``"native"`` where the model ran with its own attention and a dense mask.
     """
 
     rows: tuple[RowStatistics, ...]
@@ -65,6 +66,7 @@ class JacobiStatistics:
     decode_seconds: float
     processor_calls: int
     processor_seconds: float
+    attention: str = "block"
 
     @property
     def tokens(self) -> int:

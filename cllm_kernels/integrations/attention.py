@@ -13,10 +13,39 @@ from ..ops import block_attention
 # What transformers passes through to attention functions unread. It takes any 4-D mask as ready made, so the
 # bounds travel as a "mask" of shape [2, B, 1, 1]: no mask is ever built, and no layer needs a keyword of ours.
 
+# Model types outside the attention interface whose own attention adds a 4-D mask as it is given, over whatever keys
+# the cache returns, and takes positions from position_ids alone. Others slice a causal mask of their own by the number
+# of keys (GPT-Neo), or place ALiBi by the mask's columns (BLOOM, MPT, Falcon with alibi).
+_NATIVE = {"codegen", "falcon", "gptj"}
+
 
 def as_mask(bounds: torch.Tensor) -> torch.Tensor:
     """Views bounds ``[2, B]`` (cache lengths, first valid rows) in the shape that models hand through."""
     return bounds[:, :, None, None]
+
+
+def dense_mask(bounds: torch.Tensor, width: int, capacity: int, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of a window behind bounds ``[2, B]`` as numbers to add, ``[B, 1, width, capacity]``."""
+    lengths, starts = as_mask(bounds)
+    rows = torch.arange(capacity, device=bounds.device)
+    seen = (rows >= starts[:, None]) & (rows <= lengths[:, None] + torch.arange(width, device=bounds.device)[:, None])
+    return torch.zeros(seen.shape, dtype=dtype, device=bounds.device).masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+def attention_kind(model: PreTrainedModel) -> str:
+    """What ``model`` decodes with: ``"block"``, the ops of this package, or ``"native"``, its own attention.
+
+    Raises:
+        NotImplementedError: with neither.
+    """
+    if model._can_set_attn_implementation():
+        return "block"
+    if model.config.model_type in _NATIVE and not getattr(model.config, "alibi", False):
+        return "native"
+    raise NotImplementedError(
+        f"{type(model).__name__} does not use the attention interface of transformers, so Jacobi decoding "
+        "cannot run its attention"
+    )
 
 
 def _attention(
@@ -79,22 +108,13 @@ def _register(backend: str) -> str:
 
 @contextlib.contextmanager
 def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[None]:
-    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it.
-
-    Raises:
-        NotImplementedError: the model does not honour the attention interface of transformers.
-    """
+    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it."""
     configs = {
         id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)
     }
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     name = _register(backend)
     try:
-        if not model._can_set_attn_implementation():
-            raise NotImplementedError(
-                f"{type(model).__name__} does not use the attention interface of transformers, so Jacobi decoding "
-                "cannot run its attention"
-            )
         model.set_attn_implementation(name)
         yield
     finally:

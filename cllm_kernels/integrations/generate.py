@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..backends import resolve
 from ..decoding import (
     AdaptiveChoice,
+    Forward,
     JacobiCache,
     JacobiConfig,
     JacobiStatistics,
@@ -35,7 +36,7 @@ from ..decoding import (
 )
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
-from .attention import as_mask, block_attention_enabled
+from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -51,7 +52,6 @@ _ALLOWED = {
     "token_healing": (None, False),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
-    "use_cache": (None, True),
 }
 # The loop itself does what these do.
 _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
@@ -102,6 +102,7 @@ def jacobi_generate(
     generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
+    compiled: Callable | None = None,
     memory: dict | None = None,
     **model_kwargs,
 ) -> JacobiOutput | torch.Tensor:
@@ -112,6 +113,7 @@ def jacobi_generate(
     :class:`cllm_kernels.JacobiConfig`. transformers keeps generate's ``streamer`` from such callables: pass
     it as ``text_streamer`` here (:class:`JacobiGenerator` and ``decoding="jacobi"`` take ``streamer``).
     ``on_commit`` is called after every iteration with the tokens that it committed. Both take one sequence.
+    ``compiled`` is called in the model's place: what ``torch.compile`` made of it.
 
     ``do_sample=True`` draws each token with noise that its seed, its row and its place alone decide (see
     :func:`cllm_kernels.ops.converge_`), so that every window gives the tokens that one token at a time
@@ -132,8 +134,8 @@ def jacobi_generate(
         Whatever is raised, the model is left as it was.
     """
     config = JacobiConfig(block_size, mode, draft, adaptive, seed, cuda_graph, backend, record_trajectory)
-    _check_model(model)
-    _check_options(generation_config, logits_processor or [])
+    attention = _check_model(model)
+    _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
     pads = _check_inputs(input_ids, model_kwargs)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
@@ -169,10 +171,23 @@ def jacobi_generate(
             stack.callback(text_streamer.end)
             on_commit = functools.partial(_stream, text_streamer, on_commit)
         stack.enter_context(_evaluation_mode(model))
-        stack.enter_context(block_attention_enabled(model, chosen))
+        if attention == "block":
+            stack.enter_context(block_attention_enabled(model, chosen))
         stack.enter_context(torch.inference_mode())
         session = _session(
-            model, prompt, pads, eos, max_new_tokens, seeds, config, chosen, max_position, options["processing"], memory
+            model,
+            prompt,
+            pads,
+            eos,
+            max_new_tokens,
+            seeds,
+            config,
+            chosen,
+            max_position,
+            options["processing"],
+            memory,
+            attention,
+            compiled,
         )
         decoded = decode(session, prompt, config, chosen, on_commit=on_commit, **options)
 
@@ -188,7 +203,7 @@ def jacobi_generate(
         sequences=sequences,
         scores=decoded.scores,
         logits=decoded.logits,
-        statistics=decoded.statistics,
+        statistics=dataclasses.replace(decoded.statistics, attention=attention),
         trajectory=decoded.trajectory,
     )
 
@@ -203,7 +218,8 @@ class JacobiGenerator:
         print(generator.statistics.tokens_per_forward)
 
     Args:
-        model: any causal LM that honours the attention and cache interfaces. It is not changed.
+        model: any causal LM that honours the attention and cache interfaces, also inside a PEFT model or compiled by
+            ``torch.compile``. It is not changed.
         config: options.
 
     Attributes:
@@ -212,8 +228,9 @@ class JacobiGenerator:
     """
 
     def __init__(self, model: PreTrainedModel, config: JacobiConfig | None = None):
-        _check_model(model)
         self.model = model
+        self.causal_lm = _causal_lm(model)
+        _check_model(self.causal_lm)
         self.config = config or JacobiConfig()
         self.statistics: JacobiStatistics | None = None
         self.trajectory: list | None = None
@@ -238,7 +255,7 @@ class JacobiGenerator:
             _check_mask_shape(kwargs["attention_mask"], prompt)  # generate drops a mask of ones, whatever its shape
         tokenizer = kwargs.pop("tokenizer", None)
         given = kwargs.get("generation_config")
-        sources = [kwargs.pop("stop_strings", None), *(c.stop_strings for c in (given, self.model.generation_config) if c)]
+        sources = [kwargs.pop("stop_strings", None), *(c.stop_strings for c in (given, self.causal_lm.generation_config) if c)]
         stop_strings = next((strings for strings in sources if strings is not None), None)
         if stop_strings is not None:
             if tokenizer is None:
@@ -254,18 +271,20 @@ class JacobiGenerator:
             generator=kwargs.pop("generator", None),
             text_streamer=kwargs.pop("streamer", None),
             on_commit=kwargs.pop("on_commit", None),
+            compiled=self.model if hasattr(self.model, "_orig_mod") else None,
             memory=self._memory,
         )
         # generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without.
-        own = self.model.generation_config
+        model = self.causal_lm
+        own = model.generation_config
         try:
             if own.stop_strings is not None:
-                self.model.generation_config = _without_stop_strings(own)
-            output = type(self.model).generate(
-                self.model, inputs, return_dict_in_generate=True, custom_generate=call, **kwargs
+                model.generation_config = _without_stop_strings(own)
+            output = type(model).generate(
+                model, inputs, return_dict_in_generate=True, custom_generate=call, **kwargs
             )
         finally:
-            self.model.generation_config = own
+            model.generation_config = own
         self.statistics, self.trajectory = output.statistics, output.trajectory
         if returns_dict is None:
             returns_dict = (given or own).return_dict_in_generate
@@ -283,17 +302,18 @@ class _Generate:
 
     def __init__(self, model: PreTrainedModel, config: JacobiConfig):
         self.generator = JacobiGenerator(model, config)
+        self.owner = _uncompiled(model)
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(functools.partial(type(self.generator.model).generate, self.generator.model))
+        return inspect.signature(functools.partial(type(self.owner).generate, self.owner))
 
     def __call__(self, inputs: torch.Tensor | None = None, *args, decoding: str | None = None, **kwargs):
         if decoding in (None, "ar"):
-            return type(self.generator.model).generate(self.generator.model, inputs, *args, **kwargs)
+            return type(self.owner).generate(self.owner, inputs, *args, **kwargs)
         if decoding != "jacobi":
             raise ValueError(f"decoding is {decoding!r}; it must be 'jacobi', 'ar' or None")
-        names = list(inspect.signature(type(self.generator.model).generate).parameters)[2:]
+        names = list(inspect.signature(type(self.generator.causal_lm).generate).parameters)[2:]
         return self.generator.generate(inputs, **dict(zip(names, args, strict=False)), **kwargs)
 
 
@@ -306,18 +326,38 @@ def enable_jacobi(model: PreTrainedModel, config: JacobiConfig | None = None) ->
     Returns:
         The same model.
     """
-    model.generate = _Generate(model, config or JacobiConfig())
+    _uncompiled(model).generate = _Generate(model, config or JacobiConfig())
     return model
 
 
 def disable_jacobi(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes :func:`enable_jacobi`; does nothing to a model that was not enabled. Returns the same model."""
-    if isinstance(model.__dict__.get("generate"), _Generate):
-        del model.generate
+    owner = _uncompiled(model)
+    if isinstance(owner.__dict__.get("generate"), _Generate):
+        del owner.generate
     return model
 
 
-def _check_model(model: PreTrainedModel) -> None:
+def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
+    """The model of transformers inside what ``torch.compile`` or PEFT made of it."""
+    model = _uncompiled(model)
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    # PEFT puts its adapters into the layers of the base model; only learned prompts stay outside.
+    if model.active_peft_config.is_prompt_learning:
+        raise NotImplementedError(
+            f"the prompts that {model.active_peft_config.peft_type.value} learned are not supported by Jacobi decoding; "
+            "adapters inside the layers, such as LoRA, are"
+        )
+    return model.get_base_model()
+
+
+def _check_model(model: PreTrainedModel) -> str:
+    """Checks that a model can be decoded; returns with which attention, see :func:`attention_kind`."""
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise TypeError(f"the model is a {name}; Jacobi decoding takes a causal LM of transformers")
@@ -333,15 +373,21 @@ def _check_model(model: PreTrainedModel) -> None:
     if others or not getattr(DynamicCache(config=text), "is_croppable", True):
         detail = f" (layer types {', '.join(sorted(others))})" if others else ""
         raise NotImplementedError(f"the cache of {name} cannot roll back{detail}, which Jacobi decoding needs")
+    return attention_kind(model)
 
 
-def _check_options(generation_config: GenerationConfig | None, processors: LogitsProcessorList | list) -> None:
+def _check_options(
+    model: PreTrainedModel, generation_config: GenerationConfig | None, processors: LogitsProcessorList | list
+) -> None:
     if generation_config is None:
         raise ValueError("call this through generate(custom_generate=jacobi_generate), which prepares the generation config")
     for name, allowed in _ALLOWED.items():
         value = getattr(generation_config, name, None)
         if value not in allowed:
             raise NotImplementedError(f"generate's {name}={value!r} is not supported by Jacobi decoding; pass {name}={allowed[-1]!r}")
+    # Trainers leave use_cache=False in checkpoints; only a caller means it.
+    if generation_config.use_cache is False and model.generation_config.use_cache is not False:
+        raise NotImplementedError("generate's use_cache=False is not supported by Jacobi decoding; pass use_cache=True")
     if any(isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) for processor in processors):
         raise NotImplementedError("generate's guidance_scale runs the model once more for every token, which Jacobi decoding does not")
 
@@ -437,6 +483,8 @@ def _session(
     max_position: int | None,
     processing: Processing,
     memory: dict | None,
+    attention: str,
+    compiled: Callable | None,
 ) -> Session:
     """Buffers for this prompt, out of `memory` where an earlier call left them."""
     rows, width = input_ids.shape
@@ -471,22 +519,8 @@ def _session(
     bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
     bounds[1] = pads
     state = dataclasses.replace(state, lengths=bounds[0])
-    cache = JacobiCache(bounds[0], width + extra - 1 + output + config.width, backend)
-    mask = as_mask(bounds)
-    keeps = model._supports_logits_to_keep()
-
-    def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
-        options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
-        outputs = model(
-            input_ids=tokens,
-            attention_mask=mask[:, : tokens.shape[0]],
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        return outputs.logits[:, -keep:]
-
+    capacity = width + extra - 1 + output + config.width
+    forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
     session = Session(forward, state, bounds, max_position, cache)
     if kept:
         # One at a time: its cache may be large.
@@ -494,6 +528,39 @@ def _session(
             del memory[old]
         memory[key] = session
     return session
+
+
+def window_forward(
+    model: PreTrainedModel,
+    attention: str,
+    bounds: torch.Tensor,
+    capacity: int,
+    backend: str,
+    compiled: Callable | None = None,
+) -> tuple[Forward, JacobiCache]:
+    """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``, and that cache.
+
+    With block attention, call it under ``block_attention_enabled``. compiled: is called in the model's place.
+    """
+    call = model if compiled is None else compiled
+    native = attention == "native"
+    cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
+    keeps, dtype = model._supports_logits_to_keep(), model.dtype
+
+    def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
+        options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
+        rows = bounds[:, : tokens.shape[0]]
+        outputs = call(
+            input_ids=tokens,
+            attention_mask=dense_mask(rows, tokens.shape[1], capacity, dtype) if native else as_mask(rows),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        return outputs.logits[:, -keep:]
+
+    return forward, cache
 
 
 def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | None, tokens: list[int]) -> None:

@@ -3,6 +3,7 @@
 from .append_kv import append_kv_
 from .block_attention import block_attention
 from .converge import converge_
+from .lm_head_argmax import lm_head_argmax
 from .state import JacobiState
 
-__all__ = ["JacobiState", "append_kv_", "block_attention", "converge_"]
+__all__ = ["JacobiState", "append_kv_", "block_attention", "converge_", "lm_head_argmax"]

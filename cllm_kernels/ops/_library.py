@@ -11,7 +11,7 @@ from torch._C._functorch import peek_interpreter_stack
 LIBRARY = torch.library.Library("cllm_kernels", "DEF")
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# The numbers by which C++ knows the element types (csrc/common/types.h).
+# The numbers by which C++ knows them (csrc/common/types.h).
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 

@@ -1,4 +1,4 @@
-"""`append_kv_` in Triton: one program copies some tokens of one cache head, keys and values."""
+"""`append_kv_` in Triton: one program writes some tokens of one cache head, keys and values."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from . import configs
+from .block_attention import _narrow
 
 TOKENS = 16
 
@@ -20,10 +21,33 @@ def _copy(
     tl.store(cache + batch * c0 + head * c1 + row * c2 + dims, values, mask=mask)
 
 
+@triton.jit
+def _rotate(
+    cache, c0, c1, c2, key, k0, k1, k2, cos, a0, a1, sin, s0, s1, batch, head, row, token, fits,
+    DIM: tl.constexpr, PAD: tl.constexpr, ROTARY: tl.constexpr,
+):  # fmt: skip
+    HALF: tl.constexpr = ROTARY // 2
+    dims = tl.arange(0, PAD)[None, :]
+    turned = fits & (dims < ROTARY)
+    at = key + batch * k0 + head * k1 + token * k2
+    stored = tl.load(at + dims, mask=fits & (dims < DIM))
+    # the other half, a second read that the L1 cache serves
+    other = tl.load(at + tl.where(dims < HALF, dims + HALF, dims - HALF), mask=turned, other=0.0).to(tl.float32)
+    c = tl.load(cos + batch * a0 + token * a1 + dims, mask=turned, other=0.0)
+    s = tl.load(sin + batch * s0 + token * s1 + dims, mask=turned, other=0.0)
+    other = tl.where(dims < HALF, -other, other)
+    straight = _narrow(stored.to(tl.float32) * c.to(tl.float32), c.dtype).to(tl.float32)
+    crossed = _narrow(other * s.to(tl.float32), c.dtype).to(tl.float32)
+    values = tl.where(dims < ROTARY, _narrow(straight + crossed, stored.dtype), stored)
+    tl.store(cache + batch * c0 + head * c1 + row * c2 + dims, values, mask=fits & (dims < DIM))
+
+
 @triton.jit(do_not_specialize=["width", "capacity"])
 def _append(
-    key_cache, value_cache, key, value, lengths, kc0, kc1, kc2, vc0, vc1, vc2, k0, k1, k2, v0, v1, v2, width, capacity,
+    key_cache, value_cache, key, value, cos, sin, lengths, kc0, kc1, kc2, vc0, vc1, vc2, k0, k1, k2, v0, v1, v2,
+    a0, a1, s0, s1, width, capacity,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAD: tl.constexpr, VALUE_PAD: tl.constexpr, TOKENS: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):  # fmt: skip
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -31,20 +55,32 @@ def _append(
     # Lengths on a device are not checked by the host; what does not fit is not written.
     fits = ((token < width) & (row >= 0) & (row < capacity))[:, None]
     token, row = token.to(tl.int64)[:, None], row.to(tl.int64)[:, None]
-    _copy(key_cache, kc0, kc1, kc2, key, k0, k1, k2, batch, head, row, token, fits, DIM, PAD)
+    if ROTARY > 0:
+        _rotate(
+            key_cache, kc0, kc1, kc2, key, k0, k1, k2, cos, a0, a1, sin, s0, s1, batch, head, row, token, fits,
+            DIM, PAD, ROTARY,
+        )  # fmt: skip
+    else:
+        _copy(key_cache, kc0, kc1, kc2, key, k0, k1, k2, batch, head, row, token, fits, DIM, PAD)
     _copy(value_cache, vc0, vc1, vc2, value, v0, v1, v2, batch, head, row, token, fits, VALUE_DIM, VALUE_PAD)
 
 
-def append_kv_(key_cache, value_cache, key, value, lengths) -> None:
+def append_kv_(key_cache, value_cache, key, value, lengths, cos, sin) -> None:
     """The op on arguments that have been checked; see `cllm_kernels.ops.append_kv`."""
     batch, heads, width, dim = key.shape
     value_dim = value.size(3)
     if batch == 0 or width == 0:
         return
+    rotary = 0
+    if cos is None:
+        cos = sin = key  # not read
+    else:
+        rotary = cos.size(2)
+    # Without fusion to multiply-adds, so that every product is rounded, as in PyTorch.
     _append[(triton.cdiv(width, TOKENS), heads, batch)](
-        key_cache, value_cache, key, value, lengths,
+        key_cache, value_cache, key, value, cos, sin, lengths,
         *key_cache.stride()[:3], *value_cache.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        width, key_cache.size(2),
+        *cos.stride()[:2], *sin.stride()[:2], width, key_cache.size(2),
         DIM=dim, VALUE_DIM=value_dim, PAD=configs.next_power(dim), VALUE_PAD=configs.next_power(value_dim),
-        TOKENS=TOKENS, num_warps=4,
+        TOKENS=TOKENS, ROTARY=rotary, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

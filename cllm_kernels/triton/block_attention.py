@@ -3,6 +3,12 @@
 Rows are token x head of the group that shares a cache head, so that a group of any size fills a tile:
 row = token * group + member. Scores and their maxima are in base 2. The online softmax and the split along the
 cache follow FlashAttention (Dao et al., 2022, arXiv:2205.14135) and Flash-Decoding (Dao et al., 2023).
+
+The partial results live in memory of torch's caching allocator, which is asked anew by each call, and so do the keys of
+`converge_` and `lm_head_argmax`. A workspace of our own would save no device memory and no call of the driver: the
+allocator hands out the same blocks from the second call on, ordered by stream, and a CUDA graph gets its blocks from a
+pool that lives as long as the graph, and in which all layers share one block, as each call frees it before the next.
+Sizes depend on shapes alone, so that a replay needs no others.
 """
 
 from __future__ import annotations

@@ -48,6 +48,44 @@ _ATTENTION = {
 }  # fmt: skip
 
 
+@dataclasses.dataclass(frozen=True)
+class LmHeadConfig:
+    """How `lm_head_argmax` is cut up.
+
+    Attributes:
+        block_tokens: tokens of a tile.
+        block_vocabulary: rows of the weight of a tile.
+        block_depth: hidden dims that one step of the loop takes.
+        warps, stages: as Triton understands them.
+    """
+
+    block_tokens: int
+    block_vocabulary: int
+    block_depth: int
+    warps: int
+    stages: int
+
+
+# By (bytes of an element, tokens of a tile): rows of the weight, hidden dims of a step, warps, stages. Two blocks of
+# one multiprocessor keep about 100 KiB of weights on their way. None has been measured yet.
+_LM_HEAD = {
+    (2, 16): (128, 64, 4, 4), (2, 32): (128, 64, 4, 4), (2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 3),
+    (4, 16): (64, 32, 4, 3), (4, 32): (64, 32, 4, 3), (4, 64): (64, 32, 8, 3),
+}  # fmt: skip
+
+
+def lm_head_config(dtype: torch.dtype, tokens: int) -> LmHeadConfig:
+    """The configuration for `tokens` = B x n."""
+    largest = max(size for itemsize, size in _LM_HEAD if itemsize == dtype.itemsize)
+    block = min(largest, padded_dim(tokens))
+    return LmHeadConfig(block, *_LM_HEAD[dtype.itemsize, block])
+
+
+def lm_head_configs() -> list[tuple[int, LmHeadConfig]]:
+    """Every entry of the table: bytes of an element, configuration."""
+    return [(size, LmHeadConfig(tokens, *rest)) for (size, tokens), rest in _LM_HEAD.items()]
+
+
 def next_power(size: int) -> int:
     """The smallest power of two that is at least `size`; Triton's blocks have such sizes."""
     return 1 << (size - 1).bit_length()

@@ -7,8 +7,10 @@
 
 namespace cllm {
 
-// The numbers that cllm_kernels/ops/block_attention.py passes (DTYPE_CODES).
+// The numbers of cllm_kernels/ops/_library.py (DTYPE_CODES).
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+
+CLLM_HOST_DEVICE inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Storage types without arithmetic.
 struct bf16_t {
@@ -45,8 +47,10 @@ struct AttentionParams {
 struct AppendParams {
   Strided key_cache, value_cache;  // [B, Hkv, S, D | Dv]
   Strided key, value;              // [B, Hkv, n, D | Dv]
+  Strided cos, sin;                // [B, n, R], the third stride unused; null: keys are copied
   const int32_t* lengths;
-  int64_t batch, kv_heads, capacity, width, dim, value_dim, element_size;
+  int64_t batch, kv_heads, capacity, width, dim, value_dim, rotary_dim;
+  DType dtype, angle_dtype;  // angle_dtype: dtype or f32
 };
 
 // One pointer per entry of cllm_kernels/ops/state_fields.py, from which the build generates the list.

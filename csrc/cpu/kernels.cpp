@@ -3,6 +3,7 @@
 
 #include "argmax.h"
 #include "attention_tile.h"
+#include "rotary.h"
 #include "sample.h"
 
 #define CLLM_JOIN_(a, b) a##b
@@ -50,9 +51,23 @@ Best sample_any(const void* values, int64_t first, int64_t count, DType dtype, c
   }
 }
 
+void rotate_any(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, DType dtype,
+                DType angle_dtype) {
+  const bool wide = angle_dtype == DType::f32;
+  switch (dtype) {
+    case DType::f32: return rotate<float, float>(key, cos, sin, to, rotary);
+    case DType::bf16:
+      return wide ? rotate<bf16_t, float>(key, cos, sin, to, rotary)
+                  : rotate<bf16_t, bf16_t>(key, cos, sin, to, rotary);
+    case DType::f16:
+      return wide ? rotate<f16_t, float>(key, cos, sin, to, rotary)
+                  : rotate<f16_t, f16_t>(key, cos, sin, to, rotary);
+  }
+}
+
 }  // namespace
 
-const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any, argmax_any,
-                                               sample_any};
+const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any,
+                                               argmax_any,   sample_any,   rotate_any};
 
 }  // namespace cllm::cpu

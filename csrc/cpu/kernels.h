@@ -44,6 +44,9 @@ struct Kernels {
   // The same of values / temperature + noise; the values are entries [first, first + count) of the vocabulary, `first`
   // a multiple of 64.
   Best (*sample)(const void* values, int64_t first, int64_t count, DType dtype, const Noise& noise);
+  // Rotates the first `rotary` values of a key, which have type `dtype`, by angles of type `dtype` or float.
+  void (*rotate)(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, DType dtype,
+                 DType angle_dtype);
 };
 
 extern const Kernels kernels_baseline;

@@ -135,6 +135,23 @@ CLLM_INLINE vfloat load(const f16_t* from) {
 #endif
 }
 
+CLLM_INLINE void store(bf16_t* to, vfloat x) {
+  const vuint bits = reinterpret_cast<vuint>(x);
+  const vuint rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+  const vhalf high = __builtin_convertvector(rounded >> 16, vhalf);
+  memcpy(to, &high, sizeof high);
+}
+
+CLLM_INLINE void store(f16_t* to, vfloat x) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < native; ++i) narrow(x[i], to + i);
+#endif
+}
+
 // `count` values to float.
 template <class T>
 CLLM_INLINE void widen_row(const T* from, float* to, int64_t count) {

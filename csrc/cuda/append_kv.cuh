@@ -12,18 +12,16 @@ constexpr int append_threads = 256;
 
 struct AppendArguments {
   AppendParams params;
-  Rotation rotation;
-  int64_t element_size;
   int key_items, value_items;  // of a token
 };
 
 template <class Vector>
 __device__ void copy_item(const Strided& cache, const Strided& rows, int64_t batch, int64_t head, int64_t token,
-                          int64_t position, int64_t element_size, int item) {
+                          int64_t position, int64_t bytes, int item) {
   const char* from = static_cast<const char*>(rows.data) +
-                     (batch * rows.strides[0] + head * rows.strides[1] + token * rows.strides[2]) * element_size;
+                     (batch * rows.strides[0] + head * rows.strides[1] + token * rows.strides[2]) * bytes;
   char* to = static_cast<char*>(cache.data) +
-             (batch * cache.strides[0] + head * cache.strides[1] + position * cache.strides[2]) * element_size;
+             (batch * cache.strides[0] + head * cache.strides[1] + position * cache.strides[2]) * bytes;
   reinterpret_cast<Vector*>(to)[item] = reinterpret_cast<const Vector*>(from)[item];
 }
 
@@ -40,20 +38,20 @@ __device__ float rounded(float x) {
 template <class T, class A>
 __device__ void rotate_item(const AppendArguments& a, int64_t batch, int64_t head, int64_t token, int64_t position,
                             int d) {
-  const Strided &cache = a.params.key_cache, &rows = a.params.key;
-  const Rotation& r = a.rotation;
+  const AppendParams& p = a.params;
+  const Strided &cache = p.key_cache, &rows = p.key;
   const T* from = static_cast<const T*>(rows.data) + batch * rows.strides[0] + head * rows.strides[1] +
                   token * rows.strides[2];
   T* to = static_cast<T*>(cache.data) + batch * cache.strides[0] + head * cache.strides[1] +
           position * cache.strides[2];
-  const int dim = static_cast<int>(r.dim), half = dim / 2;
+  const int dim = static_cast<int>(p.rotary_dim), half = dim / 2;
   if (d >= dim) {
     to[d] = from[d];
     return;
   }
   const float other = d < half ? -widen(from[d + half]) : widen(from[d - half]);
-  const float cos = widen(static_cast<const A*>(r.cos)[batch * r.cos_strides[0] + token * r.cos_strides[1] + d]);
-  const float sin = widen(static_cast<const A*>(r.sin)[batch * r.sin_strides[0] + token * r.sin_strides[1] + d]);
+  const float cos = widen(static_cast<const A*>(p.cos.data)[batch * p.cos.strides[0] + token * p.cos.strides[1] + d]);
+  const float sin = widen(static_cast<const A*>(p.sin.data)[batch * p.sin.strides[0] + token * p.sin.strides[1] + d]);
   const float sum = __fadd_rn(rounded<A>(__fmul_rn(widen(from[d]), cos)), rounded<A>(__fmul_rn(other, sin)));
   narrow(rounded<A>(sum), to + d);
 }
@@ -72,9 +70,9 @@ CLLM_KERNEL(append_threads, 4) append_kernel(AppendArguments a) {
   const int64_t position = p.lengths[batch] + token;
   if (position < 0 || position >= p.capacity) return;
   if (item >= a.key_items)
-    copy_item<Vector>(p.value_cache, p.value, batch, head, token, position, a.element_size, item - a.key_items);
+    copy_item<Vector>(p.value_cache, p.value, batch, head, token, position, element_size(p.dtype), item - a.key_items);
   else if constexpr (std::is_void_v<T>)
-    copy_item<Vector>(p.key_cache, p.key, batch, head, token, position, a.element_size, item);
+    copy_item<Vector>(p.key_cache, p.key, batch, head, token, position, element_size(p.dtype), item);
   else
     rotate_item<T, A>(a, batch, head, token, position, item);
 }

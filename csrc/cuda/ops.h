@@ -11,17 +11,7 @@ namespace cllm::cuda {
 constexpr int64_t largest_dim = 256;
 constexpr int64_t largest_window = 256;
 
-// cos and sin [B, n, dim] turn the first `dim` values of each key; null: none.
-struct Rotation {
-  const void* cos;
-  int64_t cos_strides[2];
-  const void* sin;
-  int64_t sin_strides[2];
-  int64_t dim;
-  DType dtype;  // that of the keys, or float32
-};
-
-void append_kv(const AppendParams& params, const Rotation& rotation, DType dtype, const Stream& stream);
+void append_kv(const AppendParams& params, const Stream& stream);
 
 // `keys` has converge_keys(...) entries and may hold anything; `ticket` is 0 before and after.
 int64_t converge_keys(int64_t rows, int64_t width, int64_t vocabulary);

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from cllm_kernels.cli.app import app
@@ -73,6 +74,31 @@ def test_generate_reports_errors():
     assert result.exit_code == 1 and "window, block" in result.output
     result = run("generate", "--model", MODELS / "nowhere", "--prompt", "x")
     assert result.exit_code == 1 and "error" in result.output
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 0.7, "--top-p", 0.9, "--seed", 4]])
+def test_verify(sampling, tmp_path):
+    common = ["--model", MODELS / "spider-cllm", "--prompt", "wine_1 : How many wines are there?\n", "--dtype", "float32"]
+    result = run("verify", *common, *sampling, "--json", tmp_path / "certificate.json")
+    assert result.exit_code == 0 and "exact" in result.output, result.output
+    certificate = json.loads((tmp_path / "certificate.json").read_text())
+    assert certificate["exact"] and certificate["lossless"] and certificate["tokens"][0] > 5
+
+
+def test_verify_ids():
+    common = ["--model", MODELS / "spider-cllm", "--prompt", "wine_1 : How many wines are there?\n", "--dtype", "float32"]
+    tokenizer = AutoTokenizer.from_pretrained(MODELS / "spider-cllm")
+    model = AutoModelForCausalLM.from_pretrained(MODELS / "spider-cllm", dtype="float32")
+    inputs = tokenizer(common[3], return_tensors="pt", return_token_type_ids=False)
+    width = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=30)[0, width:].tolist()
+    result = run("verify", *common, "--ids", " ".join(map(str, ids)))
+    assert result.exit_code == 0 and f"exact: {len(ids)} tokens" in result.output, result.output
+    result = run("verify", *common, "--ids", ",".join(map(str, [*ids[:3], ids[3] + 1, *ids[4:]])))
+    assert result.exit_code == 1 and "NOT lossless" in result.output and f"the argmax is {ids[3]}" in result.output
+    for bad, message in (("", "more than"), ("5 x", "invalid literal"), ("999999", "token 999999")):
+        result = run("verify", *common, "--ids", bad)
+        assert result.exit_code == 1 and message in result.output, result.output
 
 
 def test_doctor_lists_every_backend():

@@ -20,9 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cllm_kernels.triton import append_kv, block_attention, configs, converge
+from cllm_kernels.triton import append_kv, block_attention, configs, converge, lm_head_argmax
 
-INT64 = ("seeds", "window", "output", "context", "eos", "keys")
+INT64 = ("seeds", "window", "output", "context", "eos", "keys", "indices")
+STORED = (
+    "query", "key_cache", "value_cache", "key", "value", "out", "logits", "cos", "sin", "hidden", "weight", "bias",
+)  # fmt: skip
 ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -37,11 +40,11 @@ def source(kernel, element, constants):
         if name in ("scale", "cap", "inverse_temperature"):
             signature[name] = "fp32"
             continue
-        if name in ("query", "key_cache", "value_cache", "key", "value", "out", "logits"):
+        if name in STORED:
             signature[name] = f"*{element}"
-        elif name in ("sinks", "lse", "partial_out", "partial_lse"):
+        elif name in ("sinks", "lse", "partial_out", "partial_lse", "values"):
             signature[name] = "*fp32"
-        elif re.fullmatch(r"[a-z]+\d|\w+_stride|kv_heads|vocabulary", name) or parameter.do_not_specialize:
+        elif re.fullmatch(r"[a-z]+\d|\w+_stride|kv_heads|vocabulary|size", name) or parameter.do_not_specialize:
             signature[name] = "i32"
         else:
             signature[name] = "*i64" if name in INT64 else "*i32"
@@ -73,12 +76,22 @@ def cases():
                              SPLITS=splits, SINKS=False)  # fmt: skip
             yield f"merge D={dim} splits={splits}", block_attention._merge, "bf16", constants, 4, 3, dim == 128
         constants = dict(DIM=dim, VALUE_DIM=dim, PAD=pad, VALUE_PAD=pad, TOKENS=append_kv.TOKENS)
-        yield f"append D={dim}", append_kv._append, "bf16", constants, 4, 3, dim == 128
+        for rotary in (0, dim):
+            name = f"append D={dim} R={rotary}"
+            yield name, append_kv._append, "bf16", constants | {"ROTARY": rotary}, 4, 3, dim == 128
     for element in ELEMENTS:
         for sample in (False, True):
             constants = dict(SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK, SAMPLE=sample)
             name = f"{'sample' if sample else 'argmax'} {element}"
             yield name, converge._argmax, element, constants, configs.ARGMAX_WARPS, 3, True
+    for size, config in configs.lm_head_configs():
+        element = "bf16" if size == 2 else "fp32"
+        tile = dict(VOCABULARY=config.block_vocabulary, TOKENS=config.block_tokens, DEPTH=config.block_depth)
+        for name, on in (("", False), (" bias, scale, cap", True)):
+            constants = tile | dict(BIAS=on, SCALE=on, SOFTCAP=on)
+            yield (f"lm_head {element} {config}{name}", lm_head_argmax._argmax, element, constants, config.warps,
+                   config.stages, not on or config.block_tokens == 16)  # fmt: skip
+    yield "lm_head join", lm_head_argmax._join, "bf16", dict(JOINED=lm_head_argmax.JOINED), 4, 3, True
     for rows, width, block_mode, context in ((1, 16, False, True), (64, 16, True, False), (8, 128, False, True)):
         constants = dict(ROWS=configs.converge_rows(width, rows), WIDTH=width, BLOCK_MODE=block_mode, CONTEXT=context)
         yield f"converge n={width} B={rows}", converge._converge, "bf16", constants, 4, 3, True
@@ -90,19 +103,24 @@ def compile_case(job):
     log = io.StringIO()
     with contextlib.redirect_stdout(log), triton.knobs.nvidia.scope():
         triton.knobs.nvidia.dump_ptxas_log = True
-        options = {"num_warps": warps, "num_stages": stages}
+        options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": kernel is not append_kv._append}
         compiled = triton.compile(source(kernel, element, constants), GPUTarget("cuda", arch, 32), options)
     text = log.getvalue()
     spilled = [int(number) for number in re.findall(r"(\d+) bytes spill", text)]
     registers = re.search(r"Used (\d+) registers", text)
     return {
         "name": name, "arch": arch, "cubin": len(compiled.asm["cubin"]), "shared": compiled.metadata.shared,
-        "registers": int(registers[1]), "spilled": sum(spilled), "ptxas_reports": len(spilled),
+        "warps": warps, "registers": int(registers[1]), "spilled": sum(spilled), "ptxas_reports": len(spilled),
     }  # fmt: skip
 
 
-if __name__ == "__main__":
+def compile_all():
+    """What `compile_case` gives for every case and architecture, as they become ready."""
     jobs = [(index, arch) for index, case in enumerate(cases()) for arch in configs.ARCHITECTURES if case[-1] or arch == 90]
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for row in pool.imap_unordered(compile_case, jobs):
-            print(json.dumps(row), flush=True)
+        yield from pool.imap_unordered(compile_case, jobs)
+
+
+if __name__ == "__main__":
+    for row in compile_all():
+        print(json.dumps(row), flush=True)

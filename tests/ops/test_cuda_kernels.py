@@ -73,39 +73,6 @@ def test_a_broken_value_breaks_those_that_see_it(width, value, place):
     assert torch.equal(out[~sees], clean[~sees])
 
 
-def rotated(key, cos, sin):
-    """As transformers' apply_rotary_pos_emb (Llama), on the first dims of a key."""
-    cos, sin = cos[:, None], sin[:, None]
-    turned, rest = key.tensor_split((cos.size(3),), 3)
-    first, second = turned.chunk(2, 3)
-    turned = turned * cos + torch.cat((-second, first), 3) * sin
-    return torch.cat((turned.to(key.dtype), rest), 3)
-
-
-@pytest.mark.parametrize("angles", ["same", "float32"])
-@pytest.mark.parametrize("rotary", [2, 24, 40])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_rotation(dtype, rotary, angles):
-    """Bit for bit what transformers computes before it writes the cache."""
-    caches = [torch.full((2, 3, 30, dim), math.nan, dtype=dtype) for dim in (40, 16)]
-    key = torch.randn(2, 7, 3, 40).to(dtype).transpose(1, 2)
-    value = torch.randn(2, 3, 7, 16).to(dtype)
-    angle = torch.randn(2, 7, rotary) * 9
-    cos, sin = (x.to(dtype if angles == "same" else torch.float32) for x in (angle.cos(), angle.sin()))
-    lengths = torch.tensor([0, 23], dtype=torch.int32)
-    codes = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-    backends.CUDA.append_kv(
-        caches[0].data_ptr(), *caches[0].stride()[:3], caches[1].data_ptr(), *caches[1].stride()[:3],
-        key.data_ptr(), *key.stride()[:3], value.data_ptr(), *value.stride()[:3], lengths.data_ptr(),
-        2, 3, 30, 7, 40, 16, cos.data_ptr(), *cos.stride()[:2], sin.data_ptr(), *sin.stride()[:2], rotary,
-        codes[dtype], codes[cos.dtype], 0, 0,
-    )  # fmt: skip
-    for row, length in enumerate(lengths.tolist()):
-        assert torch.equal(caches[0][row, :, length : length + 7], rotated(key, cos, sin)[row])
-        assert torch.equal(caches[1][row, :, length : length + 7], value[row])
-    assert sum(int(cache.isfinite().sum()) for cache in caches) == 2 * 3 * 7 * 56
-
-
 def test_lengths_that_do_not_fit_are_neither_written_nor_read(monkeypatch):
     """A GPU's lengths are not checked by the host."""
     for module in ("append_kv", "block_attention"):

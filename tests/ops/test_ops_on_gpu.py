@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from test_append_kv import make_angles
 from test_block_attention import ATOL, DTYPES, expected, make, reference
 from test_converge import agreeable_logits, assert_state, oracle, random_state
+from test_lm_head_argmax import ROUNDED, integers, wanted
 
 from cllm_kernels import backends
-from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_
+from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax
 from cllm_kernels.ops.philox import gumbel, noise_words
 from cllm_kernels.ops.state_fields import FIELDS
 
@@ -116,6 +118,76 @@ def test_append(dtype, gpu_backend):
         for row, length in enumerate(lengths.tolist()):
             want[row, :, length : length + 16] = new[row]
         assert torch.equal(cache, want)
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [(d, wide) for d in DTYPES for wide in (False, True)], ids=str)
+@pytest.mark.parametrize(("dim", "rotary"), [(64, 64), (80, 32), (128, 128), (33, 18)])
+def test_append_rotates_as_on_the_cpu(dim, rotary, dtype, wide, gpu_backend):
+    lengths = torch.tensor([0, 17, 44], dtype=torch.int32)
+    caches = [torch.zeros(3, 2, 60, dim, dtype=dtype) for _ in range(2)]
+    window = [torch.randn(3, 16, 2, dim).to(dtype).transpose(1, 2) for _ in range(2)]
+    angles = make_angles(3, 16, rotary, torch.float32 if wide else dtype)
+    on_gpu = [tensor.to(CUDA) for tensor in (*caches, *window, lengths, *angles)]
+    append_kv_(*caches, *window, lengths, *angles, backend="torch")
+    append_kv_(*on_gpu, backend=gpu_backend)
+    assert torch.equal(on_gpu[0].cpu(), caches[0]) and torch.equal(on_gpu[1].cpu(), caches[1])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 17, 33, 64, 128, 300])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lm_head_argmax(dtype, tokens):
+    """Sums of small integers are exact, so that index and value are those of the unfused path, ties and all."""
+    hidden, weight = integers(1, tokens, 520, dtype=dtype), integers(5001, 520, dtype=dtype)
+    index, value = lm_head_argmax(hidden.to(CUDA), weight.to(CUDA))
+    want = wanted(hidden, weight)
+    assert torch.equal(index.cpu(), want[0]) and torch.equal(value.cpu(), want[1])
+
+
+@pytest.mark.parametrize("options", ROUNDED, ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_lm_head_argmax_rounds_as_the_unfused_path(dtype, options):
+    """Against exact sums and PyTorch's operations on this GPU, whose division and tanh may round unlike the CPU's."""
+    hidden, weight = 8 * integers(2, 9, 200, dtype=dtype), 4 * integers(4000, 200, dtype=dtype)
+    bias = torch.randint(-64, 64, (4000,)).to(dtype)
+    on_gpu = [tensor.to(CUDA) for tensor in (hidden, weight, bias)]
+    index, value = lm_head_argmax(*on_gpu, **options, backend="triton")
+    want = wanted(*on_gpu, **options)
+    assert torch.equal(index.cpu(), want[0]) and torch.equal(value.cpu(), want[1])
+
+
+def test_lm_head_argmax_of_float32_is_not_tf32():
+    hidden, weight = torch.randn(1, 16, 1024), torch.randn(3000, 1024)
+    _, value = lm_head_argmax(hidden.to(CUDA), weight.to(CUDA), backend="triton")
+    exact = (hidden.double() @ weight.double().T).amax(-1)
+    torch.testing.assert_close(value.cpu().double(), exact, rtol=1e-5, atol=1e-4)
+
+
+def test_calls_allocate_no_device_memory_once_they_ran():
+    """From the second call on, torch's allocator has the blocks; a replay does not ask it at all."""
+    arguments = [x.to(CUDA) for x in make(8, 2, 16, [20000, 700])]
+    head = torch.randn(2, 16, 64, device=CUDA), torch.randn(5000, 64, device=CUDA)
+
+    def step():
+        return block_attention(*arguments, backend="triton"), lm_head_argmax(*head, backend="triton")
+
+    def statistics():
+        torch.cuda.synchronize()
+        found = torch.cuda.memory_stats()
+        return found["segment.all.allocated"], found["allocation.all.allocated"]
+
+    for _ in range(2):
+        step()
+    segments, _ = statistics()
+    for _ in range(5):
+        step()
+    assert statistics()[0] == segments
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    before = statistics()
+    for _ in range(5):
+        graph.replay()
+    assert statistics() == before
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -26,6 +26,8 @@ def test_kernels_fit(compiled, arch):
     assert len(names) == len(rows) >= len(configs.attention_configs()) + 8
     for dim, size, config in configs.attention_configs():
         assert f"attend D={dim} {'bf16' if size == 2 else 'fp32'} {config}" in names
+    for size, config in configs.lm_head_configs():
+        assert f"lm_head {'bf16' if size == 2 else 'fp32'} {config}" in names
     for row in rows:
         assert row["cubin"] > 0 and row["ptxas_reports"] > 0, row
         assert row["shared"] <= configs.SHARED_MEMORY[arch], row

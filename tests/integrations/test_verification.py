@@ -1,0 +1,206 @@
+"""Certificates: right outputs pass, wrong tokens are found."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+from families import make_family
+from helpers import EOS, PAD, VOCABULARY, make_model, make_prompts
+from test_processing import Counting
+from test_processing import OPTIONS as PROCESSORS
+from test_sampling import WARPERS
+
+from cllm_kernels import JacobiConfig, JacobiGenerator, verify
+
+MODEL = make_model("llama", seed=4)
+NEW = 24
+
+
+def decode(model, inputs, rows_end=False, **options):
+    if rows_end:
+        options["eos_token_id"] = [EOS, *range(3, 12)]
+    return JacobiGenerator(model, JacobiConfig(block_size=6)).generate(**inputs, max_new_tokens=NEW, **options), options
+
+
+def length(row):
+    """New tokens up to the first EOS."""
+    return row.index(EOS) + 1 if EOS in row else len(row)
+
+
+def planted(output, row, position, seed=0):
+    wrong = output.clone()
+    wrong[row, 12 + position] = (wrong[row, 12 + position] + 7 + seed % 80) % VOCABULARY
+    return wrong
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Mistral", "GPT-2", "gpt-oss", "DeepSeek-V3", "GPT-J"])
+def test_greedy_outputs_are_exact(name, rows):
+    model, inputs = make_family(name), make_prompts(rows)
+    for output in (model.generate(**inputs, do_sample=False, max_new_tokens=NEW), decode(model, inputs, do_sample=False)[0]):
+        certificate = verify(model, **inputs, output=output, do_sample=False)
+        assert certificate.exact and certificate.lossless and certificate.forwards == 1, certificate
+        assert list(certificate.tokens) == [length(row) for row in output[:, 12:].tolist()]
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_with_processors(name):
+    inputs = make_prompts(4)
+    output, options = decode(MODEL, inputs, do_sample=False, **PROCESSORS[name])
+    certificate = verify(MODEL, **inputs, output=output, max_new_tokens=NEW, **options)
+    assert certificate.exact, certificate
+    if not isinstance(options.get("eos_token_id"), list):
+        assert list(certificate.tokens) == [length(row) for row in output[:, 12:].tolist()]
+
+
+def test_with_a_processor_that_remembers():
+    inputs = make_prompts(2)
+    output = decode(MODEL, inputs, do_sample=False, logits_processor=[Counting()])[0]
+    assert verify(MODEL, **inputs, output=output, logits_processor=[Counting()]).exact
+    assert not verify(MODEL, **inputs, output=planted(output, 0, 3), logits_processor=[Counting()]).lossless
+
+
+@pytest.mark.parametrize("rows_end", [False, True])
+@pytest.mark.parametrize("name", WARPERS)
+def test_sampled_outputs_are_exact_for_their_seed_alone(name, rows_end):
+    inputs = make_prompts(3)
+    options = dict(do_sample=True, seed=5) | WARPERS[name]
+    output, options = decode(MODEL, inputs, rows_end, **options)
+    certificate = verify(MODEL, **inputs, output=output, **options)
+    assert certificate.exact, certificate
+    if rows_end:
+        assert min(certificate.tokens) < NEW
+    other = verify(MODEL, **inputs, output=output, **options | {"seed": 6})
+    assert not other.lossless and len(other.mismatches) > 10
+
+
+def test_seeds_of_rows_and_return_sequences():
+    inputs, options = make_prompts(2), dict(do_sample=True, top_k=0, num_return_sequences=3, seed=[1, 2, 3, 4, 5, 6])
+    output, _ = decode(MODEL, inputs, return_dict_in_generate=True, **options)
+    many = {name: value.repeat_interleave(3, 0) for name, value in inputs.items()}
+    options.pop("num_return_sequences")
+    assert verify(MODEL, **many, output=output, **options).exact
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+def test_a_planted_token_is_found(sampling):
+    """At every position, also those behind other wrong tokens; the tokens before it stay right."""
+    inputs = make_prompts(3, seed=2)
+    options = dict(do_sample=True, seed=3, top_k=0) if sampling else dict(do_sample=False)
+    output, _ = decode(MODEL, inputs, eos_token_id=None, **options)
+    for position in range(NEW):
+        row = position % 3
+        wrong = planted(output, row, position, seed=position)
+        certificate = verify(MODEL, **inputs, output=wrong, eos_token_id=None, **options)
+        assert not certificate.exact and not certificate.lossless
+        first = certificate.mismatches[0]
+        assert (first.row, first.position) == (row, position)
+        assert first.token == int(wrong[row, 12 + position])
+        assert first.expected == int(output[row, 12 + position])
+        assert first.gap > 10 * first.rounding and not first.near_tie
+        assert {mismatch.row for mismatch in certificate.mismatches} == {row}
+        assert certificate.forwards > 1 and "NOT lossless" in str(certificate)
+
+
+def test_a_token_that_a_processor_rules_out_is_found():
+    inputs = make_prompts(1)
+    output, options = decode(MODEL, inputs, do_sample=False, suppress_tokens=list(range(3, 50)))
+    wrong = output.clone()
+    wrong[0, 12 + 9] = 20
+    first = verify(MODEL, **inputs, output=wrong, **options).mismatches[0]
+    assert first.position == 9 and math.isinf(first.gap) and not first.near_tie
+
+
+def test_behind_the_end_there_is_padding():
+    inputs = make_prompts(4, seed=4)
+    output, options = decode(MODEL, inputs, True, do_sample=False)
+    certificate = verify(MODEL, **inputs, output=output, **options)
+    assert certificate.exact
+    row = certificate.tokens.index(min(certificate.tokens))
+    assert certificate.tokens[row] < output.shape[1] - 12, "no row has ended early"
+    wrong = output.clone()
+    wrong[row, -1] = 50
+    (mismatch,) = verify(MODEL, **inputs, output=wrong, **options).mismatches
+    assert (mismatch.row, mismatch.token, mismatch.expected) == (row, 50, PAD) and not mismatch.near_tie
+
+
+def test_rows_that_a_criterion_ended():
+    inputs = make_prompts(4, seed=7)
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6))
+    output = generator.generate(
+        **inputs, do_sample=False, max_new_tokens=NEW, stopping_criteria=[lambda ids, scores: ids[:, -3:].sum(1) % 7 == 0],
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    lengths = [row.tokens for row in generator.statistics.rows]
+    assert len(set(lengths)) > 1
+    certificate = verify(MODEL, **inputs, output=output)
+    assert certificate.exact and list(certificate.tokens) == lengths
+    assert verify(MODEL, **inputs, output=output.sequences, lengths=lengths).exact
+
+
+def test_half_precision_differs_by_near_ties_alone():
+    """bf16 forwards of different widths round differently: some tokens are no argmax of the other forward."""
+    model = make_model("qwen2", seed=1, dtype=torch.bfloat16)
+    found = 0
+    for seed in range(4):
+        inputs = make_prompts(4, seed=seed)
+        output, _ = decode(model, inputs, do_sample=True, seed=seed, top_k=0, eos_token_id=None)
+        certificate = verify(model, **inputs, output=output, do_sample=True, seed=seed, top_k=0, eos_token_id=None)
+        assert certificate.lossless, certificate
+        found += certificate.near_ties
+        greedy, _ = decode(model, inputs, do_sample=False, eos_token_id=None)
+        certificate = verify(model, **inputs, output=greedy, eos_token_id=None)
+        assert certificate.lossless, certificate
+        found += certificate.near_ties
+        wrong = verify(model, **inputs, output=planted(greedy, 1, 11), eos_token_id=None)
+        assert not wrong.lossless
+    assert found, "nothing near a tie: this test shows little"
+
+
+def test_random_outputs_are_refused():
+    """Every position is judged on its own account."""
+    generator = random.Random(0)
+    inputs = make_prompts(2)
+    new = torch.tensor([[generator.randrange(3, VOCABULARY) for _ in range(NEW)] for _ in range(2)])
+    certificate = verify(MODEL, **inputs, output=torch.cat((inputs["input_ids"], new), 1), eos_token_id=None)
+    assert len(certificate.mismatches) > 40 and certificate.near_ties == 0
+
+
+def test_the_model_is_left_as_it_was():
+    model, inputs = make_model("llama", seed=4), make_prompts(1)
+    output, _ = decode(model, inputs, do_sample=False)
+    model.train()
+    model.generation_config.stop_strings = ["x"]
+    before = (model.config._attn_implementation, model.generation_config)
+    assert verify(model, **inputs, output=output).exact
+    assert not verify(model, **inputs, output=planted(output, 0, 3)).exact
+    assert (model.config._attn_implementation, model.generation_config) == before and model.training
+
+
+BAD = {
+    "list": (lambda x: [1, 2], {}, "output is list"),
+    "dtype": (lambda x: x.float(), {}, "output is torch.float32"),
+    "rank": (lambda x: x[0], {}, "int64 tensor"),
+    "rows": (lambda x: x[:1], {}, r"must be \[2, more than 12\]"),
+    "prompt alone": (lambda x: x[:, :12], {"max_new_tokens": 3}, "more than 12"),
+    "another prompt": (lambda x: x.roll(1, 0), {}, "does not begin with the prompt"),
+    "vocabulary": (lambda x: x.index_fill(1, torch.tensor([15]), 97), {}, "token 97"),
+    "negative": (lambda x: x.index_fill(1, torch.tensor([15]), -3), {}, "token -3"),
+    "seed": (lambda x: x, {"do_sample": True}, "pass seed="),
+    "generator": (lambda x: x, {"generator": torch.Generator()}, "generator"),
+    "length": (lambda x: x, {"max_new_tokens": 5}, "24 new tokens; the options allow 5"),
+    "lengths": (lambda x: x, {"lengths": [3, 99]}, r"lengths is \[3, 99\]"),
+    "seeds": (lambda x: x, {"do_sample": True, "seed": [1, 2, 3]}, "3 seeds for 2 rows"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input(case):
+    change, options, message = BAD[case]
+    inputs = make_prompts(2)
+    output = MODEL.generate(**inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=None)
+    with pytest.raises(ValueError, match=message):
+        verify(MODEL, **inputs, output=change(output), **options)
