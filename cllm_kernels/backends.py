@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import warnings
 from types import ModuleType
 
 import torch  # before cllm_kernels._C, so that both use the OpenMP runtime that torch ships
 
 from .ops.state_fields import FIELDS
 
-NAMES = ("cpp", "triton", "torch")
-# Names that other builds may have.
-PLANNED = ("cuda",)
+NAMES = ("cpp", "cuda", "triton", "torch")
+# On a CUDA device "auto" is the first of these that can run the call. No GPU has compared them yet.
+GPU_ORDER = ("cuda", "triton", "torch")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -28,6 +30,69 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 EXTENSION, _REASON = _load()
+# The functions on a GPU, where the build has them.
+CUDA: ModuleType | None = getattr(EXTENSION, "cuda", None)
+
+
+def _version(number: int) -> str:
+    """CUDA's number of a version, 13000, as people write it: 13.0."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.cache
+def _driver_reason(cuda: ModuleType) -> str | None:
+    """Why the driver cannot run a build, or None. Starts no CUDA context."""
+    driver, runtime = cuda.driver_version(), cuda.runtime_version()
+    if not driver:
+        return "there is no CUDA driver"
+    if driver // 1000 < runtime // 1000:
+        return f"the driver runs CUDA up to {_version(driver)}, and the kernels were built with {_version(runtime)}"
+    return None
+
+
+def _cuda_reason() -> str | None:
+    """Why the CUDA kernels cannot run on any device, or None."""
+    if EXTENSION is None:
+        return _REASON
+    if CUDA is None:
+        return "this build has no CUDA kernels; CLLM_CUDA=1 makes the build show why"
+    if not torch.version.cuda:
+        return "this torch is built without CUDA"
+    return _driver_reason(CUDA)
+
+
+@functools.cache
+def _coverage_reason(device: torch.device) -> str | None:
+    """Why the build has no code for a device, or None: binary code runs on its major version from its minor version on."""
+    major, minor = torch.cuda.get_device_capability(device)
+    info = EXTENSION.build_info()["cuda"]
+    fits = any(arch // 10 == major and arch % 10 <= minor for arch in info["archs"])
+    if fits or info["ptx"] <= 10 * major + minor:
+        return None
+    built = ", ".join(f"{arch // 10}.{arch % 10}" for arch in info["archs"])
+    return (
+        f"{device} has compute capability {major}.{minor}, and the kernels were built for {built} and what is newer "
+        f"than {info['ptx'] // 10}.{info['ptx'] % 10}; CLLM_CUDA_ARCHS chooses at build time"
+    )
+
+
+def _cuda_device_reason(device: torch.device) -> str | None:
+    """Why the CUDA kernels cannot run on a device, or None."""
+    reason = _cuda_reason()
+    if reason is None and device.type != "cuda":
+        return f"the tensors are on {device}; it runs on CUDA devices"
+    return _coverage_reason(device) if reason is None else reason
+
+
+@functools.cache
+def _report(reason: str) -> None:
+    """Says once that the CUDA kernels that were built do not run."""
+    warnings.warn(f"the CUDA kernels of cllm_kernels do not run, Triton or torch does: {reason}", stacklevel=2)
+
+
+def cuda_stream(device: torch.device) -> tuple[int, int]:
+    """Index of a CUDA device and address of its current stream."""
+    return device.index, torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _triton_reason() -> str | None:
@@ -46,24 +111,43 @@ def interpreted() -> bool:
 
 def available() -> dict[str, str | None]:
     """Each backend's name with None if it can run here, else the reason why it cannot."""
-    return {"cpp": _REASON, "triton": _triton_reason(), "torch": None} | {name: "not in this build" for name in PLANNED}
+    return {"cpp": _REASON, "cuda": _cuda_reason(), "triton": _triton_reason(), "torch": None}
 
 
-def resolve(name: str, device: torch.device, kernels: tuple[str, ...] = ("cpp", "triton")) -> str:
+def _auto_on_gpu(device: torch.device, refusal: str | None, kernels: tuple[str, ...]) -> str:
+    for name in GPU_ORDER:
+        if name == "triton" and name in kernels and not interpreted() and _triton_reason() is None:
+            return name
+        if name == "cuda" and name in kernels and refusal is None and CUDA is not None:
+            reason = _cuda_device_reason(device)
+            if reason is None:
+                return name
+            _report(reason)
+    return "torch"
+
+
+def resolve(
+    name: str,
+    device: torch.device,
+    refusal: str | None = None,
+    kernels: tuple[str, ...] = ("cpp", "cuda", "triton"),
+) -> str:
     """The backend that runs when `name` is asked for with tensors on `device`.
 
-    "auto" takes the environment variable CLLM_BACKEND if it is set, else "triton" on a CUDA device and "cpp" on the
-    CPU, each where it is there, else "torch". kernels: the backends that the op has beside "torch".
+    "auto" takes the environment variable CLLM_BACKEND if it is set. Else, on a CUDA device, it is the first of
+    GPU_ORDER that is there: "cuda" where it is built, the driver and the device can run it, and nothing speaks against
+    this call, which `refusal` says. On the CPU it is "cpp" where it is there, else "torch".
+    kernels: the backends that the op has beside "torch".
 
-    Raises ValueError on an unknown name and RuntimeError on one that cannot run, with the reason.
+    Raises ValueError on an unknown name and on "cuda" with a refusal, and RuntimeError on a backend that cannot run,
+    with the reason.
     """
     if name == "auto":
         name = os.environ.get("CLLM_BACKEND") or "auto"
         if name == "auto":
             if device.type == "cpu":
                 return "cpp" if EXTENSION is not None and "cpp" in kernels else "torch"
-            runs = device.type == "cuda" and not interpreted() and _triton_reason() is None
-            return "triton" if runs else "torch"
+            return _auto_on_gpu(device, refusal, kernels) if device.type == "cuda" else "torch"
     if name == "torch":
         return name
     if name in NAMES and name not in kernels:
@@ -75,6 +159,13 @@ def resolve(name: str, device: torch.device, kernels: tuple[str, ...] = ("cpp", 
         if device.type != "cpu":
             raise RuntimeError(f"backend 'cpp' was asked for but the tensors are on {device}; it runs on the CPU")
         return name
+    if name == "cuda":
+        reason = _cuda_device_reason(device)
+        if reason is not None:
+            raise RuntimeError(f"backend 'cuda' was asked for but {reason}")
+        if refusal is not None:
+            raise ValueError(f"backend 'cuda' was asked for but {refusal}")
+        return name
     if name == "triton":
         if _triton_reason() is not None:
             raise RuntimeError(f"backend 'triton' was asked for but {_triton_reason()}")
@@ -82,7 +173,5 @@ def resolve(name: str, device: torch.device, kernels: tuple[str, ...] = ("cpp", 
             where = "on the CPU, in its interpreter (TRITON_INTERPRET is set)" if interpreted() else "on CUDA devices"
             raise RuntimeError(f"backend 'triton' was asked for but the tensors are on {device}; it runs {where}")
         return name
-    if name in PLANNED:
-        raise RuntimeError(f"backend {name!r} was asked for but it is not in this build")
-    allowed = ", ".join(map(repr, ("auto", *NAMES, *PLANNED)))
+    allowed = ", ".join(map(repr, ("auto", *NAMES)))
     raise ValueError(f"backend is {name!r}; allowed are {allowed}")

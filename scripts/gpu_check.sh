@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, without a registry: its Python holds what is needed.
 #
-#   scripts/gpu_check.sh [stage ...]     stages: build test kernels; all of them without arguments
+#   scripts/gpu_check.sh [stage ...]     stages: build wheel test sanitize kernels; all of them without arguments
 #
 # Results go to $OUT (default: benchmarks/results), named after the GPU. A failed stage does not stop the others.
 set -uo pipefail
@@ -9,9 +9,12 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(build test kernels)
+[ ${#stages[@]} -gt 0 ] || stages=(build wheel test sanitize kernels)
 export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
+# CUDA kernels for the GPU that is here alone, which is all that the checks need.
+CLLM_CUDA_ARCHS=${CLLM_CUDA_ARCHS:-$("$PYTHON" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())")}
+export CLLM_CUDA_ARCHS
 gpu=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '_'))") || exit 1
 failed=()
 
@@ -19,11 +22,25 @@ stage() {
   echo "== $1"
   case $1 in
     build) "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -c "from cllm_kernels.cli import main; main()" doctor ;;
-    test) "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_ops_on_gpu.py tests/decoding/test_decoding_on_gpu.py ;;
+    wheel)  # as users install it, from nothing but what is here
+      rm -rf build/gpu_site \
+        && "$PYTHON" -m pip install -q --no-deps --no-build-isolation --no-index --target build/gpu_site . \
+        && (cd build/gpu_site && PYTHONPATH=. "$PYTHON" -c "import torch; from cllm_kernels import backends as b
+assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) == b.GPU_ORDER[0], b.available()") ;;
+    test)
+      "$PYTHON" -m pytest -q -p no:cacheprovider tests/ops/test_ops_on_gpu.py tests/ops/test_cuda_on_gpu.py \
+        tests/decoding/test_decoding_on_gpu.py ;;
+    sanitize)
+      local tool=compute-sanitizer
+      command -v $tool > /dev/null || { echo "not run: there is no $tool in PATH"; return 0; }
+      for check in memcheck racecheck synccheck; do
+        $tool --tool $check --error-exitcode 9 "$PYTHON" -m pytest -q -x -p no:cacheprovider \
+          tests/ops/test_cuda_on_gpu.py -k "head_sizes and bfloat16 or later_rows and bfloat16 or streams or graphs" || return 1
+      done ;;
     kernels)
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks --benchmark-only --benchmark-json="$OUT/kernels_$gpu.json" \
         && "$PYTHON" benchmarks/plot.py "$OUT/kernels_$gpu.json" ;;
-    *) echo "no such stage: $1; there are build, test and kernels"; return 1 ;;
+    *) echo "no such stage: $1; there are build, wheel, test, sanitize and kernels"; return 1 ;;
   esac
 }
 

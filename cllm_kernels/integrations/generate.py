@@ -35,6 +35,7 @@ from ..decoding import (
     is_stateful,
 )
 from ..ops import JacobiState
+from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask
 from .optimize import optimize as optimized
 
@@ -144,7 +145,8 @@ def jacobi_generate(
     if (text_streamer or on_commit) is not None and input_ids.shape[0] > 1:
         raise ValueError(f"streamer and on_commit take one sequence; this batch has {input_ids.shape[0]} rows")
     seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
-    chosen = resolve(config.backend, model.device)
+    # One backend for all ops: that of attention, which the dtype decides about.
+    chosen = resolve(config.backend, model.device, cuda_refusal(model.dtype))
     if is_stateful(logits_processor or []):
         config = dataclasses.replace(config, draft="none", adaptive=False)
     choice = None

@@ -139,15 +139,20 @@ def _implementation(key_cache, value_cache, key, value, lengths, cos=None, sin=N
         return
     angles = [(0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2]) for tensor in (cos, sin)]
     rotary, angle_dtype = (0, key.dtype) if cos is None else (cos.size(2), cos.dtype)
-    backends.EXTENSION.append_kv(
+    arguments = (
         key_cache.data_ptr(), *key_cache.stride()[:3],
         value_cache.data_ptr(), *value_cache.stride()[:3],
         key.data_ptr(), *key.stride()[:3],
         value.data_ptr(), *value.stride()[:3],
         *angles[0], *angles[1],
         lengths.data_ptr(), batch, heads, capacity, key.size(2), dim, value.size(3), rotary,
-        DTYPE_CODES[key.dtype], DTYPE_CODES[angle_dtype], torch.get_num_threads(),
+        DTYPE_CODES[key.dtype], DTYPE_CODES[angle_dtype],
     )  # fmt: skip
+    if backend == "cuda":
+        check_room(lengths, key.size(2), capacity)
+        backends.CUDA.append_kv(*arguments, *backends.cuda_stream(key.device))
+        return
+    backends.EXTENSION.append_kv(*arguments, torch.get_num_threads())
 
 
 def _fake(key_cache, value_cache, key, value, lengths, cos=None, sin=None, backend="auto") -> None:

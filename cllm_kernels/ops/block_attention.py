@@ -19,6 +19,7 @@ from ._library import (
     check_shape,
     register,
 )
+from ._tickets import tickets
 from .append_kv import check_room
 
 # The reference computes scores for as many queries at a time as give at most this many of them (256 MiB).
@@ -204,7 +205,7 @@ def _implementation(
     backend="auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks)
-    backend = backends.resolve(backend, query.device)
+    backend = backends.resolve(backend, query.device, cuda_refusal(query.dtype, query.size(3), value_cache.size(3)))
     if backend == "torch":
         out, lse = reference(
             query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks
@@ -223,17 +224,39 @@ def _implementation(
         return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
     out = query.new_empty(batch, width, heads, value_dim)
     lse = query.new_empty(batch, heads, width, dtype=torch.float32)
-    backends.EXTENSION.block_attention(
+    arguments = (
         query.data_ptr(), *query.stride()[:3],
         key_cache.data_ptr(), *key_cache.stride()[:3],
         value_cache.data_ptr(), *value_cache.stride()[:3],
         lengths.data_ptr(), starts.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
         out.data_ptr(), lse.data_ptr(),
         batch, width, heads, kv_heads, capacity, dim, value_dim,
-        dim**-0.5 if scale is None else scale, sliding_window, softcap,
-        DTYPE_CODES[query.dtype], torch.get_num_threads(),
+        dim**-0.5 if scale is None else scale, sliding_window, softcap, DTYPE_CODES[query.dtype],
+    )  # fmt: skip
+    if backend == "cpp":
+        backends.EXTENSION.block_attention(*arguments, torch.get_num_threads())
+        return out, lse
+    check_room(lengths, width, capacity)
+    _check_starts(starts)
+    floats, count = backends.CUDA.attention_workspace(batch, width, heads, kv_heads, capacity, dim, value_dim)
+    partial = query.new_empty(floats, dtype=torch.float32) if floats else None
+    backends.CUDA.block_attention(
+        *arguments, 0 if partial is None else partial.data_ptr(), tickets(query.device, count) if count else 0,
+        *backends.cuda_stream(query.device),
     )  # fmt: skip
     return out, lse
+
+
+def cuda_refusal(dtype: torch.dtype, dim: int = 1, value_dim: int = 1) -> str | None:
+    """Why backend "cuda" cannot take a call, or None: its tensor cores have no float32, and heads may be too large."""
+    if backends.CUDA is None:
+        return None
+    if dtype == torch.float32:
+        return "the tensors are float32; block_attention takes bfloat16 and float16 there"
+    largest = backends.CUDA.LARGEST_HEAD_DIM
+    if max(dim, value_dim) > largest:
+        return f"heads have {dim} and {value_dim} dimensions; block_attention takes up to {largest} there"
+    return None
 
 
 def _fake(

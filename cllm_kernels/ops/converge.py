@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._library import check_device, check_float, check_last_dim, check_rank, check_shape, register
-from .block_attention import DTYPE_CODES
+from ._library import DTYPE_CODES, check_device, check_float, check_last_dim, check_rank, check_shape, register
+from ._tickets import tickets
 from .philox import gumbel, noise_words
 from .state import REFILLS, JacobiState, check_refill, check_state, context_drafts
 from .state_fields import FIELDS, READ_ONLY
@@ -222,29 +222,45 @@ def reference(
 def _implementation(logits, *arguments) -> None:
     tensors, (mode, refill, temperature, backend) = arguments[: len(FIELDS)], _options(arguments)
     _check(logits, tensors, mode, refill, temperature)
-    backend = backends.resolve(backend, logits.device)
+    backend = backends.resolve(backend, logits.device, _cuda_refusal(logits.size(1)))
     if backend == "torch":
         reference(logits, JacobiState(*tensors), mode, refill, temperature)
         return
     output, context, eos = (tensors[_INDEX[name]] for name in ("output", "context", "eos"))
-    if backend == "triton":
-        from ..triton.converge import converge_ as run
-
-        state, on_cpu = JacobiState(*tensors), logits.device.type == "cpu"
-        if on_cpu:
-            _check_values(state)
-        running = (state.done == 0)[:, None] if on_cpu else None
-        named = dict(zip(_INDEX, tensors, strict=True))
-        run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill, temperature)
-        if on_cpu and state.status[1]:
-            _check_numbers(logits.isnan().any(-1) & running)
-        return
-    backends.EXTENSION.converge(
+    arguments = (
         logits.data_ptr(), logits.stride(0), logits.stride(1), DTYPE_CODES[logits.dtype],
         [tensor.data_ptr() for tensor in tensors],
         *logits.shape, output.size(1), context.size(1), eos.size(0),
-        MODES.index(mode), REFILLS.index(refill), temperature and 1 / temperature, torch.get_num_threads(),
+        MODES.index(mode), REFILLS.index(refill), temperature and 1 / temperature,
     )  # fmt: skip
+    if backend == "cpp":
+        backends.EXTENSION.converge(*arguments, torch.get_num_threads())
+        return
+    # Kernels for GPUs tell of NaN by the status alone; under an interpreter or emulation they run on the CPU.
+    state, on_cpu = JacobiState(*tensors), logits.device.type == "cpu"
+    if on_cpu:
+        _check_values(state)
+    running = (state.done == 0)[:, None] if on_cpu else None
+    if backend == "triton":
+        from ..triton.converge import converge_ as run
+
+        named = dict(zip(_INDEX, tensors, strict=True))
+        run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill, temperature)
+    elif logits.size(0) == 0:
+        state.status.zero_()
+    else:
+        keys = torch.empty(backends.CUDA.converge_keys(*logits.shape), dtype=torch.int64, device=logits.device)
+        stream = backends.cuda_stream(logits.device)
+        backends.CUDA.converge(*arguments, keys.data_ptr(), tickets(logits.device, 1), *stream)
+    if on_cpu and state.status[1]:
+        _check_numbers(logits.isnan().any(-1) & running)
+
+
+def _cuda_refusal(width: int) -> str | None:
+    """Why backend "cuda" cannot take a window of this width, or None."""
+    if backends.CUDA is None or width <= backends.CUDA.LARGEST_WINDOW:
+        return None
+    return f"the window has n = {width}; converge_ takes up to {backends.CUDA.LARGEST_WINDOW} there"
 
 
 def _fake(logits, *arguments) -> None:

@@ -3,31 +3,21 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
-#include <map>
 #include <string>
 #include <tuple>
 #include <vector>
 
-#include "../common/types.h"
 #include "../cpu/kernels.h"
 #include "../cpu/ops.h"
+#include "arguments.h"
 #include "build_info.inc"
+#include "cuda_module.h"
 
 namespace py = pybind11;
 using namespace cllm;
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Strided strided(uintptr_t address, int64_t s0, int64_t s1, int64_t s2) {
-  return {pointer<void>(address), {s0, s1, s2}};
-}
 
 void block_attention(uintptr_t query, int64_t q0, int64_t q1, int64_t q2, uintptr_t key_cache, int64_t k0, int64_t k1,
                      int64_t k2, uintptr_t value_cache, int64_t v0, int64_t v1, int64_t v2, uintptr_t lengths,
@@ -88,24 +78,12 @@ void mlp(uintptr_t x, uintptr_t attended, const Layer& output, uintptr_t norm, f
            threads);
 }
 
-#define CLLM_STATE_FIELD(type, name, dtype, shape) +1
-constexpr size_t state_field_count = 0
-#include "jacobi_state.inc"
-    ;
-#undef CLLM_STATE_FIELD
-
-void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype,
-              const std::array<uintptr_t, state_field_count>& fields, int64_t rows, int64_t width, int64_t vocabulary,
-              int64_t capacity, int64_t context_width, int64_t eos_count, int mode, int refill, float inverse_temperature,
-              int threads) {
-  const uintptr_t* field = fields.data();
-  const JacobiState state{
-#define CLLM_STATE_FIELD(type, name, dtype, shape) pointer<type>(*field++),
-#include "jacobi_state.inc"
-#undef CLLM_STATE_FIELD
-      rows, width, capacity, context_width, eos_count};
+void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype, const StateFields& fields,
+              int64_t rows, int64_t width, int64_t vocabulary, int64_t capacity, int64_t context_width,
+              int64_t eos_count, int mode, int refill, float inverse_temperature, int threads) {
   cpu::converge({pointer<const void>(logits), row_stride, position_stride, vocabulary, static_cast<DType>(dtype)},
-                state, static_cast<Mode>(mode), static_cast<Refill>(refill), inverse_temperature, threads);
+                jacobi_state(fields, rows, width, capacity, context_width, eos_count), static_cast<Mode>(mode),
+                static_cast<Refill>(refill), inverse_temperature, threads);
 }
 
 std::vector<std::tuple<std::string, std::string, std::string>> state_fields() {
@@ -123,7 +101,16 @@ py::dict build_info() {
   info["flags"] = CLLM_FLAGS;
   info["isas"] = cpu::compiled_isas();
   info["openmp"] = _OPENMP;
+#ifdef CLLM_CUDA
+  py::dict cuda;
+  cuda["compiler"] = CLLM_CUDA_COMPILER;
+  cuda["flags"] = CLLM_CUDA_FLAGS;
+  cuda["archs"] = std::vector<int>{CLLM_CUDA_ARCHS};
+  cuda["ptx"] = CLLM_CUDA_PTX;
+  info["cuda"] = cuda;
+#else
   info["cuda"] = py::none();
+#endif
   return info;
 }
 
@@ -142,4 +129,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", &cpu::selected_isa, "The instruction set whose kernels run.");
   module.def("cpu_isas", &cpu::supported_isas, "The instruction sets that can run here, worst first.");
   module.def("select_cpu_isa", &cpu::select_isa, "Switches to another of cpu_isas().");
+#ifdef CLLM_CUDA
+  py::module_ cuda = module.def_submodule("cuda", "The ops on a GPU.");
+  define_cuda(cuda);
+#endif
 }

@@ -4,14 +4,19 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace cllm {
 
 struct Philox4x32 {
   uint32_t word[4];
 };
 
-inline Philox4x32 philox4x32(Philox4x32 counter, uint32_t key0, uint32_t key1) {
+CLLM_HOST_DEVICE inline Philox4x32 philox4x32(Philox4x32 counter, uint32_t key0, uint32_t key1) {
   uint32_t* c = counter.word;
+#ifdef __CUDA_ARCH__
+#pragma unroll
+#endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c[0];
     const uint64_t product1 = uint64_t{0xCD9E8D57u} * c[2];
@@ -30,7 +35,7 @@ inline Philox4x32 philox4x32(Philox4x32 counter, uint32_t key0, uint32_t key1) {
 constexpr uint32_t noise_stream = 0x4A47;
 
 // The random word of a refilled draft: new token `token` of a row, draw number `draw`.
-inline uint32_t refill_draw(int64_t seed, int64_t token, int32_t draw) {
+CLLM_HOST_DEVICE inline uint32_t refill_draw(int64_t seed, int64_t token, int32_t draw) {
   constexpr uint32_t stream = 0x4A43;  // "JC", apart from other uses of the same key
   const Philox4x32 counter{{static_cast<uint32_t>(token), 0, stream, static_cast<uint32_t>(draw)}};
   const uint64_t key = static_cast<uint64_t>(seed);

@@ -3,12 +3,14 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace cllm {
 
 // The numbers of cllm_kernels/ops/_library.py (DTYPE_CODES).
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
-inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+CLLM_HOST_DEVICE inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 // Storage types without arithmetic.
 struct bf16_t {
@@ -39,7 +41,7 @@ struct AttentionParams {
   float softcap;           // 0: none
   DType dtype;
 
-  int64_t group() const { return heads / kv_heads; }
+  CLLM_HOST_DEVICE int64_t group() const { return heads / kv_heads; }
 };
 
 struct AppendParams {

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,25 +19,113 @@ def run(code, **environment):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
 
 
+class FakeCuda:
+    """The module of a build with CUDA kernels, and the GPU under it."""
+
+    LARGEST_HEAD_DIM = LARGEST_WINDOW = 256
+
+    def __init__(self, monkeypatch, driver=13000, runtime=13000, capability=(9, 0), archs=(80, 90, 100), ptx=100):
+        self.driver_version, self.runtime_version = lambda: driver, lambda: runtime
+        self.build_info = lambda: {"cuda": {"archs": list(archs), "ptx": ptx}}
+        backends._coverage_reason.cache_clear()
+        backends._report.cache_clear()
+        monkeypatch.setattr(backends, "CUDA", self)
+        monkeypatch.setattr(backends, "EXTENSION", self)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setenv("TRITON_INTERPRET", "0")
+        monkeypatch.delenv("CLLM_BACKEND", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def forget():
+    """What was cached about a GPU that a test made up."""
+    yield
+    backends._coverage_reason.cache_clear()
+    backends._report.cache_clear()
+
+
 def test_auto(monkeypatch):
     monkeypatch.delenv("CLLM_BACKEND", raising=False)
     assert backends.resolve("auto", CPU) == ("torch" if backends.EXTENSION is None else "cpp")
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(backends, "CUDA", None)
     assert backends.resolve("auto", CUDA) == "triton"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert backends.resolve("auto", CUDA) == "torch"
     monkeypatch.setenv("CLLM_BACKEND", "torch")
     assert backends.resolve("auto", CPU) == "torch"
     monkeypatch.setenv("CLLM_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="backend is 'fastest'; allowed are 'auto', 'cpp', 'triton', 'torch', 'cuda'"):
+    with pytest.raises(ValueError, match="backend is 'fastest'; allowed are 'auto', 'cpp', 'cuda', 'triton', 'torch'"):
         backends.resolve("auto", CPU)
 
 
-def test_a_backend_that_is_not_built():
-    assert backends.available()["cuda"] == "not in this build"
-    with pytest.raises(RuntimeError, match="'cuda' was asked for but it is not in this build"):
+def test_auto_follows_the_order_on_a_gpu(monkeypatch):
+    FakeCuda(monkeypatch)
+    assert backends.resolve("auto", CUDA) == backends.GPU_ORDER[0] == "cuda"
+    assert backends.resolve("auto", CUDA, "the tensors are float32") == "triton"
+    monkeypatch.setattr(backends, "GPU_ORDER", ("triton", "cuda", "torch"))
+    assert backends.resolve("auto", CUDA) == "triton"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.resolve("auto", CUDA) == "cuda"
+    assert backends.resolve("auto", CUDA, "the tensors are float32") == "torch"
+    with pytest.raises(ValueError, match="'cuda' was asked for but the tensors are float32"):
+        backends.resolve("cuda", CUDA, "the tensors are float32")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        ({"driver": 0}, "there is no CUDA driver"),
+        ({"driver": 12040}, "the driver runs CUDA up to 12.4, and the kernels were built with 13.0"),
+        ({"capability": (7, 5)}, "cuda:0 has compute capability 7.5, and the kernels were built for 8.0, 9.0, 10.0"),
+        ({"capability": (9, 0), "archs": (80, 100)}, "cuda:0 has compute capability 9.0"),
+        ({"capability": (8, 0), "archs": (86,), "ptx": 86}, "built for 8.6 and what is newer than 8.6"),
+    ],
+    ids=["no driver", "old driver", "old GPU", "between", "minor version"],
+)
+def test_a_gpu_that_cuda_cannot_use(monkeypatch, gpu, reason):
+    """Told once; Triton runs. Asked for by name it is an error."""
+    FakeCuda(monkeypatch, **gpu)
+    with pytest.warns(UserWarning, match=reason):
+        assert backends.resolve("auto", CUDA) == "triton"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", CUDA) == "triton"
+    with pytest.raises(RuntimeError, match=f"'cuda' was asked for but .*{reason}"):
+        backends.resolve("cuda", CUDA)
+
+
+@pytest.mark.parametrize("gpu", [{"capability": (8, 9)}, {"capability": (12, 0)}, {"driver": 13010}, {"driver": 14000}], ids=str)
+def test_a_gpu_that_cuda_can_use(monkeypatch, gpu):
+    """A later minor version, a later architecture through PTX, newer drivers."""
+    FakeCuda(monkeypatch, **gpu)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.resolve("auto", CUDA) == backends.resolve("cuda", CUDA) == "cuda"
+
+
+def test_two_gpus_of_different_architectures(monkeypatch):
+    FakeCuda(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0) if device.index else (9, 0))
+    assert backends.resolve("cuda", CUDA) == "cuda"
+    with pytest.raises(RuntimeError, match="cuda:1 has compute capability 7.0"):
+        backends.resolve("cuda", torch.device("cuda", 1))
+
+
+def test_cuda_says_why_not(monkeypatch):
+    monkeypatch.setattr(backends, "CUDA", None)
+    reason = backends.available()["cuda"]
+    assert reason.startswith("this build has no CUDA kernels" if backends.EXTENSION is not None else "cllm_kernels._C")
+    with pytest.raises(RuntimeError, match="'cuda' was asked for but "):
+        backends.resolve("cuda", CUDA)
+    FakeCuda(monkeypatch)
+    assert backends.available()["cuda"] is None
+    with pytest.raises(RuntimeError, match="'cuda' was asked for but the tensors are on cpu; it runs on CUDA devices"):
         backends.resolve("cuda", CPU)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert backends.available()["cuda"] == "this torch is built without CUDA"
 
 
 def test_triton_says_why_not(monkeypatch):
@@ -90,8 +179,20 @@ class TestExtension:
     def test_build_info(self):
         info = backends.EXTENSION.build_info()
         assert set(info) == {"compiler", "compiler_version", "flags", "isas", "openmp", "cuda"}
-        assert "-O3" in info["flags"] and info["isas"][0] == "baseline" and info["cuda"] is None
+        assert "-O3" in info["flags"] and info["isas"][0] == "baseline"
+        if info["cuda"] is not None:
+            assert set(info["cuda"]) == {"compiler", "flags", "archs", "ptx"}
+            assert info["cuda"]["ptx"] == info["cuda"]["archs"][-1] and "-O3" in info["cuda"]["flags"]
+        assert (info["cuda"] is None) == (backends.CUDA is None)
         assert set(backends.EXTENSION.cpu_isas()) <= set(info["isas"])
+
+    def test_without_a_gpu_a_launch_is_an_error(self):
+        """The runtime is linked in: the import needs no driver, and what fails is the call."""
+        if backends.CUDA is None or torch.cuda.is_available():
+            pytest.skip("no CUDA kernels in this build, or a GPU that runs them")
+        assert backends.CUDA.runtime_version() >= 12000
+        with pytest.raises(RuntimeError, match=r"CUDA: .*driver.* \(cudaError"):
+            backends.CUDA.capture_id(0, 0)
 
     def test_environment_chooses_the_instruction_set(self):
         code = "import cllm_kernels.backends as b; print(b.EXTENSION.cpu_isa())"

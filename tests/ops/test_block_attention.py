@@ -115,8 +115,8 @@ def test_options(width, dtype, options, backend):
 
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("length", [5, 1200], ids="L{}".format)
-def test_sinks(length, softcap, backend):
-    arguments = make(6, 2, 4, [length, 2])
+def test_sinks(length, softcap, dtype, backend):
+    arguments = make(6, 2, 4, [length, 2], dtype=dtype)
     sinks = torch.tensor([-1.0, 0.0, 3.0, -math.inf, 20.0, 0.5])
     out, lse = reference(*arguments, softcap=softcap, sinks=sinks, dtype=torch.float64)
     error = (naive(*arguments, softcap=softcap, sinks=sinks).double() - out).abs().max().item()
@@ -127,11 +127,12 @@ def test_sinks(length, softcap, backend):
 
 @pytest.mark.parametrize("group", [1, 3, 40, 200])
 @pytest.mark.parametrize("window", [0, 50])
-def test_prompt(window, group, backend):
+def test_prompt(window, group, dtype, backend):
     """Many query tiles, and groups that are larger than a tile."""
     width = 333 if group < 40 else 11
     options = {"sliding_window": window}
-    check(backend, options, heads=group, kv_heads=1, width=width, lengths=[0, 17], starts=[0, 4], dim=16)
+    check(backend, options, heads=group, kv_heads=1, width=width, lengths=[0, 17], starts=[0, 4], dim=16,
+          dtype=dtype)  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -154,9 +155,9 @@ def test_a_query_that_sees_nothing(dtype, backend):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("group", [1, 4])
-def test_later_rows_of_the_window_are_not_read(group, poison, backend):
+def test_later_rows_of_the_window_are_not_read(group, poison, dtype, backend):
     """Row L + i + 1 has no influence on query i, although query i + 1 sees it."""
-    query, keys, values, lengths, starts = make(2 * group, 2, 16, [40, 7])
+    query, keys, values, lengths, starts = make(2 * group, 2, 16, [40, 7], dtype=dtype)
     clean, clean_lse = block_attention(query, keys, values, lengths, starts, backend=backend)
     for row, length in enumerate(lengths.tolist()):
         keys[row, :, length + 9] = poison
@@ -167,8 +168,8 @@ def test_later_rows_of_the_window_are_not_read(group, poison, backend):
     assert not out[:, 9:].isfinite().any(-1).any() or not math.isnan(poison)
 
 
-def test_rows_that_slid_out_are_not_read(backend):
-    query, keys, values, lengths, starts = make(4, 2, 16, [40, 30])
+def test_rows_that_slid_out_are_not_read(dtype, backend):
+    query, keys, values, lengths, starts = make(4, 2, 16, [40, 30], dtype=dtype)
     clean, _ = block_attention(query, keys, values, lengths, starts, sliding_window=8, backend=backend)
     for row, length in enumerate(lengths.tolist()):
         keys[row, :, : length + 2] = math.nan
@@ -177,8 +178,8 @@ def test_rows_that_slid_out_are_not_read(backend):
     assert torch.equal(out[:, 9:], clean[:, 9:])
 
 
-def test_nan_that_is_seen_shows(backend):
-    query, keys, values, lengths, starts = make(4, 2, 3, [700, 30])
+def test_nan_that_is_seen_shows(dtype, backend):
+    query, keys, values, lengths, starts = make(4, 2, 3, [700, 30], dtype=dtype)
     values[0, 0, 10, 5] = math.nan
     out, _ = block_attention(query, keys, values, lengths, starts, backend=backend)
     assert out[0, :, :2, 5].isnan().all() and out.isnan().sum() == 6
@@ -205,10 +206,10 @@ def test_strides(dtype, backend):
     assert torch.equal(got[0], want[0])
 
 
-def test_result_depends_on_neither_threads_nor_batch(backend):
+def test_result_depends_on_neither_threads_nor_batch(dtype, backend):
     if backend == "torch":
         pytest.skip("torch gives no such guarantee")
-    query, keys, values, lengths, starts = make(8, 2, 16, [2000, 700, 31])
+    query, keys, values, lengths, starts = make(8, 2, 16, [2000, 700, 31], dtype=dtype)
     want = block_attention(query, keys, values, lengths, starts, backend=backend)
     threads = torch.get_num_threads()
     try:
@@ -224,9 +225,9 @@ def test_result_depends_on_neither_threads_nor_batch(backend):
         assert torch.equal(got[0], want[0][one])
 
 
-def test_large_scores(backend):
+def test_large_scores(dtype, backend):
     """exp must neither overflow nor lose the sum."""
-    query, keys, values, lengths, starts = make(2, 1, 4, [50])
+    query, keys, values, lengths, starts = make(2, 1, 4, [50], dtype=dtype)
     out, lse = block_attention(query * 300, keys, values, lengths, starts, backend=backend)
     exact, exact_lse = reference(query * 300, keys, values, lengths, starts, dtype=torch.float64)
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-5)
@@ -234,22 +235,22 @@ def test_large_scores(backend):
     assert (out.double() - exact).abs().max().item() <= 2 * error + ATOL
 
 
-def test_empty_batch(backend):
-    query, keys, values, lengths, starts = (x[:0] for x in make(2, 1, 4, [50]))
+def test_empty_batch(dtype, backend):
+    query, keys, values, lengths, starts = (x[:0] for x in make(2, 1, 4, [50], dtype=dtype))
     out, lse = block_attention(query, keys, values, lengths, starts, backend=backend)
     assert out.shape == (0, 4, 2, 32) and lse.shape == (0, 2, 4)
 
 
 @pytest.mark.parametrize("sinks", [None, torch.randn(4)], ids=["plain", "sinks"])
-def test_opcheck(sinks, backend):
-    arguments = make(4, 2, 3, [7, 2], spare=0)
+def test_opcheck(sinks, dtype, backend):
+    arguments = make(4, 2, 3, [7, 2], spare=0, dtype=dtype)
     torch.library.opcheck(
         torch.ops.cllm_kernels.block_attention.default, (*arguments, None, 4, 2.0, sinks, backend)
     )
 
 
-def test_compiles(backend):
-    arguments = make(4, 2, 3, [7, 2])
+def test_compiles(dtype, backend):
+    arguments = make(4, 2, 3, [7, 2], dtype=dtype)
 
     def run(*tensors):
         return block_attention(*tensors, backend=backend)[0] + 1
@@ -259,7 +260,7 @@ def test_compiles(backend):
 
 BAD = {
     "query has shape": lambda a: {"query": a["query"][0]},
-    "Hq a multiple of Hkv": lambda a: {"query": torch.randn(2, 3, 5, 32)},
+    "Hq a multiple of Hkv": lambda a: {"query": a["query"].new_zeros(2, 3, 5, 32)},
     "key_cache has shape": lambda a: {"key_cache": a["key_cache"][..., :8]},
     "value_cache has shape": lambda a: {"value_cache": a["value_cache"][:, :1]},
     "float64": lambda a: {"query": a["query"].double()},
@@ -282,8 +283,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input(message, backend):
+def test_bad_input(message, dtype, backend):
     names = ("query", "key_cache", "value_cache", "lengths", "starts")
-    arguments = dict(zip(names, make(4, 2, 3, [7, 2])), backend=backend)
+    arguments = dict(zip(names, make(4, 2, 3, [7, 2], dtype=dtype)), backend=backend)
     with pytest.raises(ValueError, match=message):
         block_attention(**arguments | BAD[message](arguments))

@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,7 @@ def test_without_a_compiler_the_package_is_pure_python(sources, tmp_path):
     ("environment", "message"),
     [
         ({"CXX": "/nonexistent/g++", "CLLM_REQUIRE_EXT": "1"}, r"not built \(CLLM_REQUIRE_EXT is set\): no C\+\+"),
-        ({"CLLM_CUDA": "1"}, "CLLM_CUDA=1, but "),
+        ({"CLLM_CUDA": "1", "PATH": "/nonexistent"}, "CLLM_CUDA=1, but there is no nvcc in PATH"),
         ({"CLLM_CUDA": "yes"}, "CLLM_CUDA is 'yes'; allowed are auto, 0 and 1"),
     ],
     ids=["require", "cuda", "cuda-name"],
@@ -82,6 +83,71 @@ def test_what_is_asked_for_must_be_built(sources, environment, message):
     )  # fmt: skip
     assert done.returncode != 0
     assert re.search(message, done.stderr)
+
+
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo "Cuda compilation tools, release {release}, V{release}.1" ;;
+  --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_90\\n' ;;
+  *) echo "nvcc fatal: this one compiles nothing" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def old_nvcc(tmp_path):
+    """A PATH in which nvcc is a script that says of which release it is."""
+
+    def make(release):
+        script = tmp_path / "bin" / "nvcc"
+        script.parent.mkdir(exist_ok=True)
+        script.write_text(NVCC.format(release=release))
+        script.chmod(0o755)
+        return {"PATH": f"{script.parent}:{os.environ['PATH']}"}
+
+    return make
+
+
+def find_cuda(monkeypatch, **environment):
+    for name in ("CLLM_CUDA", "CLLM_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return runpy.run_path(str(ROOT / "setup.py"), run_name="setup_functions")["cuda_build"]()
+
+
+def test_architectures_are_cut_to_what_nvcc_knows(old_nvcc, monkeypatch, capfd):
+    cuda = find_cuda(monkeypatch, **old_nvcc("12.4"))
+    assert cuda.version == "12.4" and cuda.archs == (80, 90)
+    assert cuda.flags[-1] == "-gencode=arch=compute_90,code=compute_90"
+    assert find_cuda(monkeypatch, CLLM_CUDA_ARCHS="90").archs == (90,)
+    assert find_cuda(monkeypatch, CLLM_CUDA_ARCHS="90;80").archs == (80, 90)
+    for wrong in ("75", "95", "90a", "native", ";"):
+        with pytest.raises(SystemExit, match=f"CLLM_CUDA_ARCHS is '{wrong}'; this nvcc knows 80;90"):
+            find_cuda(monkeypatch, CLLM_CUDA_ARCHS=wrong)
+    assert find_cuda(monkeypatch, CLLM_CUDA="0") is None and capfd.readouterr().err == ""
+
+
+def test_an_nvcc_that_is_too_old(old_nvcc, monkeypatch, capfd):
+    assert find_cuda(monkeypatch, **old_nvcc("11.4")) is None
+    assert capfd.readouterr().err == (
+        "cllm_kernels is built without CUDA kernels: nvcc is of CUDA 11.4; it must be 12.0 or newer\n"
+    )
+    with pytest.raises(SystemExit, match="CLLM_CUDA=1, but nvcc is of CUDA 11.4"):
+        find_cuda(monkeypatch, CLLM_CUDA="1")
+
+
+def test_an_nvcc_that_compiles_nothing(sources, old_nvcc, tmp_path):
+    """Then the module has no CUDA kernels, and says so; unless they were asked for."""
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp"]
+    environment = os.environ | old_nvcc("12.4") | {"CLLM_CUDA": "1", "CLLM_REQUIRE_EXT": "0"}
+    done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0 and "cllm_kernels._C was not built (CLLM_CUDA=1)" in done.stderr
+    # The C++ compiler does not work either, to be done with it sooner.
+    environment |= {"CLLM_CUDA": "auto", "CXX": "false"}
+    done = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
+    assert "WARNING: the build with nvcc failed, trying without CUDA kernels" in done.stderr
+    assert "WARNING: cllm_kernels._C WAS NOT BUILT" in done.stderr
 
 
 def test_kernels_know_neither_torch_nor_python():

@@ -18,13 +18,16 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 CUDA = torch.device("cuda")
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=["cuda", "triton", "torch"])
 def gpu_backend(request):
+    reason = backends.available()[request.param]
+    if reason is not None:
+        pytest.skip(reason)
     return request.param
 
 
-def to_gpu(state):
-    return JacobiState(*(tensor.to(CUDA) for tensor in state.tensors()))
+def to_gpu(state, device=CUDA):
+    return JacobiState(*(tensor.to(device) for tensor in state.tensors()))
 
 
 def check(backend, options=None, **case):
@@ -41,8 +44,9 @@ def check(backend, options=None, **case):
     torch.testing.assert_close(got_lse.cpu().double(), lse, rtol=1e-5, atol=2 * ATOL)
 
 
-def test_auto_is_triton():
-    assert backends.resolve("auto", CUDA) == "triton"
+def test_auto_follows_the_order():
+    device = torch.device("cuda", 0)
+    assert backends.resolve("auto", device) == next(name for name in backends.GPU_ORDER if backends.available()[name] is None)
 
 
 @pytest.mark.parametrize("width", [1, 2, 16, 17, 64, 128])
