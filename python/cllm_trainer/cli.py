@@ -16,7 +16,7 @@ from cllm_kernels.spider import prompt_for, read_questions
 from . import spider as _spider
 from .collect import collect as _collect
 from .collect import prompts_of, tqdm_of
-from .packing import read_rows
+from .rows import read_rows
 from .train import TrainConfig
 from .train import train as _train
 

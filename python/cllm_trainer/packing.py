@@ -189,26 +189,3 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 def additive_mask(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A bool mask as what attention adds to its scores. Eager attention would add a bool mask as 0 and 1."""
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-
-
-def read_rows(path: str | Path) -> list[dict]:
-    """Reads training rows.
-
-    Raises:
-        ValueError: a line is not a row as the module describes it; the line is named.
-    """
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                complete = bool(row["prompt_ids"]) and bool(row["output_ids"])
-                complete = complete and all(start >= 0 and len(drafts) > 0 for start, drafts in row.get("states", []))
-            except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"{path}:{number}: not a training row ({type(error).__name__}: {error})") from None
-            if not complete:
-                raise ValueError(f"{path}:{number}: a row needs prompt_ids, output_ids and states with drafts, none empty")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no rows in this file")
-    return rows

@@ -19,7 +19,8 @@ from cllm_kernels.comparison import compare_models, load_model
 from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, read_questions
 
 from .collect import collect, prompts_of, tqdm_of
-from .packing import initial_states, read_rows
+from .packing import initial_states
+from .rows import read_rows
 from .train import TrainConfig, train
 
 HELD_OUT = 0.05

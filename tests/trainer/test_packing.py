@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, next_state, read_rows
+from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, next_state
+from cllm_trainer.rows import read_rows
 from cllm_trainer.train import LengthGroups, losses, target_loss
 from helpers import PAD, make_model
 
