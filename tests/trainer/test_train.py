@@ -393,11 +393,11 @@ def test_two_processes_train_one_model(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "start")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
     (tmp_path / "s.yaml").write_text("epochs: 1\nbatch_size: 2\nwarmup_steps: 1\nsave_steps: 2\nsave_dtype: float32\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                "-m", "cllm_trainer", "train", "--model", tmp_path / "start", "--data", tmp_path / "rows.jsonl",
                "--output", tmp_path / "m", "--settings", tmp_path / "s.yaml"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=150)
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=90)
     assert result.returncode == 0, result.stderr[-3000:]
     record = json.loads((tmp_path / "m" / "training_record.json").read_text())
     assert record["processes"] == 2 and record["steps"] == 5
