@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import tempfile
 import typing
 from pathlib import Path
 from typing import Annotated
@@ -16,11 +17,15 @@ from cllm_kernels.comparison import load_model
 from cllm_kernels.spider import prompt_for, read_questions
 
 from . import spider as _spider
+from .baselines import distil_draft, train_medusa
 from .collect import collect as _collect
 from .collect import prompts_of
+from .evaluate import evaluate as _evaluate
+from .evaluate import tables, write_report
 from .rounds import rounds as _rounds
 from .rows import read_rows, to_cllm
 from .settings import TrainConfig, describe, read_settings
+from .tasks import TASKS, load_task
 from .train import train as _train
 
 app = typer.Typer(help="Trains Consistency LLMs.", no_args_is_help=True, add_completion=False)
@@ -143,6 +148,82 @@ def rounds(
     config = read_settings(settings, changes)
     ids, truths = _read_prompts(prompts, load_model(model)[1])
     typer.echo(json.dumps(_rounds(model, ids, output, count, JacobiConfig(block_size=n), config, max_new_tokens, truths)))
+
+
+@app.command()
+def evaluate(
+    target: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
+    cllm: Annotated[Path, typer.Option(help="Checkpoint of the CLLM.")],
+    questions: Annotated[Path, typer.Option(help="JSONL of the task, such as Spider's dev.jsonl.")],
+    output: Annotated[Path, typer.Option(help="The rows go here, as JSON, and the tables beside it, as Markdown.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "spider",
+    schemas: Annotated[Path | None, typer.Option(help="Spider's tables.json, to execute the queries too.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Takes the first rows only.")] = None,
+    block_size: Annotated[int, typer.Option(min=2)] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    rounds: Annotated[int, typer.Option(min=1)] = 1,
+    lookup: Annotated[bool, typer.Option(help="Adds transformers' prompt lookup.")] = False,
+    draft: Annotated[Path | None, typer.Option(help="Adds speculative decoding with this draft (cllm-train draft).")] = None,
+    medusa: Annotated[Path | None, typer.Option(help="Adds these heads (cllm-train medusa).")] = None,
+    plots: Annotated[bool, typer.Option(help="Draws the training, and a trajectory of the CLLM.")] = False,
+) -> None:
+    """Compares a target and its CLLM on a task: quality, tokens per forward, speed, against AR and baselines."""
+    loaded = load_task(task, questions, limit, schemas)
+    rows = _evaluate(
+        {"target": target, "cllm": cllm}, loaded, block_size, max_new_tokens, rounds, lookup, draft, medusa
+    )  # fmt: skip
+    write_report(rows, loaded, output)
+    if plots:
+        _plot(cllm, loaded.prompts()[0], output, block_size, max_new_tokens)
+    typer.echo(tables(rows, loaded))
+
+
+def _plot(cllm: Path, prompt: str, output: Path, block_size: int, max_new_tokens: int) -> None:
+    from .plots import plot_training, plot_trajectory
+
+    record = cllm / "training_record.json"
+    if record.exists():
+        plot_training(json.loads(record.read_text()), output.with_name(f"{output.stem}_training.png"))
+    model, tokenizer = load_model(cllm)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.jsonl"
+        _collect(model, tokenizer, prompts_of(tokenizer, [prompt]), path, JacobiConfig(block_size=block_size), 1, max_new_tokens)
+        plot_trajectory(read_rows(path)[0], output.with_name(f"{output.stem}_trajectory.png"))
+
+
+@app.command()
+def draft(
+    target: Annotated[Path, typer.Option(help="Checkpoint to distil.")],
+    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
+    output: Annotated[Path, typer.Option(help="The draft model goes here.")],
+    layers: Annotated[int, typer.Option(min=1)] = 1,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Distils a draft model for the speculative baseline: reverse KL on its own samples."""
+    model, tokenizer = load_model(target)
+    record = distil_draft(
+        model, tokenizer, read_rows(data, tokenizer), output, layers, steps, learning_rate=learning_rate, seed=seed
+    )
+    typer.echo(json.dumps({"parameters": record["parameters"], "divergence": record["history"][-1]}))
+
+
+@app.command()
+def medusa(
+    target: Annotated[Path, typer.Option(help="Checkpoint that the heads are for; it stays as it is.")],
+    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
+    output: Annotated[Path, typer.Option(help="The heads go here, as safetensors.")],
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Trains Medusa-style heads for the baseline."""
+    model, tokenizer = load_model(target)
+    rows = read_rows(data, tokenizer)
+    losses = train_medusa(model, tokenizer, rows, output, heads, steps, learning_rate=learning_rate, seed=seed)
+    typer.echo(json.dumps({"heads": heads, "loss": losses[-1]}))
 
 
 @app.command()
