@@ -102,8 +102,8 @@ def _samples(
     prompts = torch.tensor(rng.choices(same, k=count))
     torch.manual_seed(seed)
     ids = draft.eval().generate(
-        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, max_new_tokens=64,
-        pad_token_id=tokenizer.pad_token_id,
+        prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0, pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=max(len(row["output_ids"]) for row in rows),
     )  # fmt: skip
     new = ids[:, width:]
     ended = (new == tokenizer.eos_token_id).long()
