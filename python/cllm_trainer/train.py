@@ -319,6 +319,11 @@ def train(
             data_collator=functools.partial(collate, pad_token_id=tokenizer.pad_token_id),
             config=config,
         )
+        if trainer.is_fsdp_enabled and (config.lora_rank or config.probe_steps):
+            raise ValueError(
+                f"lora_rank is {config.lora_rank} and probe_steps {config.probe_steps}; both must be 0 under FSDP, which "
+                "leaves no process a whole model to merge or to decode with"
+            )
         alarm = Alarm(trainer, config, tokenizer)
         checkpoints = _Checkpoints(trainer, alarm, dataclasses.asdict(config) | {"rows": len(kept)})
         for callback in (_Epochs(trainer), alarm, checkpoints):
@@ -339,6 +344,7 @@ def train(
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
         "processes": arguments.world_size,
+        "distributed": trainer.accelerator.distributed_type.value,
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

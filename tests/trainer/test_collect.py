@@ -12,7 +12,7 @@ from cllm_trainer import collect as collecting
 from cllm_trainer.collect import collect, without_degenerate
 from cllm_trainer.rows import blocks_of, check_rows, correct_later, fingerprint, read_rows, to_cllm
 from helpers import EOS, PAD, VOCABULARY, make_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from cllm_kernels import JacobiConfig
@@ -23,6 +23,7 @@ CONFIG = JacobiConfig(block_size=6)
 def make_tokenizer(words: int = VOCABULARY, prefix: str = "w") -> PreTrainedTokenizerFast:
     names = ["<pad>", "<eos>", *(f"{prefix}{at}" for at in range(2, words))]
     inner = Tokenizer(models.WordLevel({name: at for at, name in enumerate(names)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>")
 
 

@@ -144,3 +144,41 @@ def test_plots_are_drawn(rows, target, tmp_path):
     plot_trajectory(make_rows(1)[0], tmp_path / "b.png")
     for name in ("a", "b"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_command_line(target, tmp_path):
+    """From prompts to the report with all baselines."""
+    from cllm_trainer.cli import app
+    from typer.testing import CliRunner
+
+    prompts = [{"prompt": " ".join(f"w{token}" for token in row["prompt_ids"]), "truth": "w5 w6"} for row in make_rows(8)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    turns = [{"turns": [row["prompt"]]} for row in prompts]
+    (tmp_path / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))
+    (tmp_path / "settings.yaml").write_text("epochs: 1\nar_on: truth\nlora_rank: 2\n")
+
+    def run(*arguments, code=0):
+        result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == code, result.output
+        return result.output
+
+    rows, model = tmp_path / "rows.jsonl", tmp_path / "cllm"
+    run("collect", "--model", target, "--prompts", tmp_path / "prompts.jsonl", "--output", rows, "--block-size", 6,
+        "--max-new-tokens", 12, "--temperature", 0.7, "--augment", "--cllm-json", tmp_path / "cleaned.json")  # fmt: skip
+    assert json.loads(rows.read_text().splitlines()[0])["truth_ids"] == [5, 6, EOS]
+    pytest.importorskip("peft", reason="LoRA needs peft")
+    run("train", "--model", target, "--data", tmp_path / "cleaned.json", "--output", model, "--settings",
+        tmp_path / "settings.yaml", "--epochs", 2)  # fmt: skip
+    config = json.loads((model / "training_record.json").read_text())["config"]
+    assert (config["epochs"], config["ar_on"], config["lora_rank"]) == (2, "truth", 2)
+    run("draft", "--target", target, "--data", rows, "--output", tmp_path / "draft", "--steps", 2)
+    run("medusa", "--target", target, "--data", rows, "--output", tmp_path / "heads", "--steps", 2)
+    report = run("evaluate", "--target", target, "--cllm", model, "--questions", tmp_path / "turns.jsonl", "--task",
+                 "mt_bench", "--limit", 3, "--block-size", 4, "--max-new-tokens", 12, "--lookup", "--draft",
+                 tmp_path / "draft", "--medusa", tmp_path / "heads", "--output", tmp_path / "report.json")  # fmt: skip
+    assert "| target | draft_model | 4 |" in report and "3 prompts" in report
+    assert (tmp_path / "report.md").exists()
+    summary = run("rounds", "--model", target, "--prompts", tmp_path / "prompts.jsonl", "--output", tmp_path / "rounds",
+                  "--count", 1, "--n", 4, "--max-new-tokens", 8, "--epochs", 1, "--no-drop-degenerate")  # fmt: skip
+    assert '"round": 1' in summary
+    assert "noisy_blocks: 4" in run("settings")

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
+from importlib.resources import files
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from cllm_trainer import train as training
 from cllm_trainer.losses import (
     check_head, chunked_losses, dense_mask, divergence, head_of, hidden_states, losses, packed_forward, target_loss,
@@ -21,6 +25,7 @@ from cllm_trainer.packing import IGNORE, TrajectoryDataset, collate, mask_mod, n
 from cllm_trainer.settings import TrainConfig, describe, read_settings
 from cllm_trainer.train import Collapsed, train
 from helpers import EOS, FAMILIES, PAD, VOCABULARY, make_model
+from safetensors.torch import load_file
 from test_collect import make_tokenizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -306,6 +311,14 @@ def test_gradient_checkpointing_and_accumulation_change_no_step(tmp_path):
     assert record["steps"] == 5
 
 
+def test_bf16_computes_in_bf16(tmp_path):
+    config = dataclasses.replace(CONFIG, epochs=1, save_steps=0)
+    _, wanted = run(tmp_path / "a", config)
+    _, record = run(tmp_path / "b", dataclasses.replace(config, bf16=True))
+    for a, b in zip(wanted["history"], record["history"], strict=True):
+        assert a["loss"] != b["loss"] and a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
 def test_lora_trains_adapters_alone_and_saves_a_merged_model(tmp_path):
     pytest.importorskip("peft", reason="LoRA needs peft")
     from cllm_kernels.comparison import load_model
@@ -387,27 +400,42 @@ def test_settings_from_yaml(tmp_path):
     assert all(field.metadata["source"] for field in dataclasses.fields(TrainConfig))
 
 
+def launch(tmp_path, name, *launcher):
+    """Trains in two processes on the CPU; returns the saved weights and the record."""
+    command = [sys.executable, "-m", *launcher, "-m", "cllm_trainer", "train", "--model", tmp_path / "start",
+               "--data", tmp_path / "rows.jsonl", "--output", tmp_path / name, "--settings", tmp_path / "s.yaml"]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
+    log = (tmp_path / f"{name}.log").open("w+")
+    process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        assert process.wait(timeout=90) == 0, (tmp_path / f"{name}.log").read_text()[-3000:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    record = json.loads((tmp_path / name / "training_record.json").read_text())
+    assert record["processes"] == 2 and record["steps"] == 5
+    return load_file(tmp_path / name / "model.safetensors"), record
+
+
 def test_two_processes_train_one_model(tmp_path):
-    """Under torchrun on the CPU: both processes end with the weights that are saved, of one epoch over all rows."""
+    """On the CPU, by DistributedDataParallel and by FSDP with the shipped configuration: to the same weights."""
     make_model().save_pretrained(tmp_path / "start")
     make_tokenizer().save_pretrained(tmp_path / "start")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
-    (tmp_path / "s.yaml").write_text("epochs: 1\nbatch_size: 2\nwarmup_steps: 1\nsave_steps: 2\nsave_dtype: float32\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               "-m", "cllm_trainer", "train", "--model", tmp_path / "start", "--data", tmp_path / "rows.jsonl",
-               "--output", tmp_path / "m", "--settings", tmp_path / "s.yaml"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0"}
-    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, timeout=90)
-    assert result.returncode == 0, result.stderr[-3000:]
-    record = json.loads((tmp_path / "m" / "training_record.json").read_text())
-    assert record["processes"] == 2 and record["steps"] == 5
-    # The mean of both processes' gradients is that of a batch of 4: almost the step of one process.
-    from cllm_kernels.comparison import load_model
-
-    model, _ = load_model(tmp_path / "m")
-    assert all(p.isfinite().all() for p in model.parameters())
-    moved = [(a - b).abs().max() for a, b in zip(model.parameters(), make_model().parameters(), strict=True)]
-    assert max(moved) > 1e-5
+    (tmp_path / "s.yaml").write_text("epochs: 1\nbatch_size: 2\nwarmup_steps: 1\nsave_dtype: float32\n")
+    ddp, record = launch(tmp_path, "ddp", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    shipped = yaml.safe_load((files("cllm_trainer") / "fsdp.yaml").read_text())
+    shipped |= {"use_cpu": True, "mixed_precision": "no", "num_processes": 2}
+    (tmp_path / "fsdp.yaml").write_text(yaml.safe_dump(shipped))
+    fsdp, sharded = launch(tmp_path, "fsdp", "accelerate.commands.launch", "--config_file", tmp_path / "fsdp.yaml")
+    assert (record["distributed"], sharded["distributed"]) == ("MULTI_CPU", "FSDP")
+    start = make_model().state_dict()
+    assert set(ddp) == set(fsdp) == set(start)
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(tensor, fsdp[name], rtol=1e-4, atol=1e-5)
+        assert not torch.equal(tensor, start[name]), name
+    for a, b in zip(record["history"], sharded["history"], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
 
 
 def test_rounds_collect_with_the_student_of_the_round_before(tmp_path, monkeypatch):
