@@ -37,7 +37,9 @@ def test_step(shape, benchmark):
     dataset = TrajectoryDataset(rows, noisy_blocks=4)
     rows = sorted(range(len(rows)), key=lambda index: len(dataset[index]["input_ids"]))[16:32]  # one length group
     packed = collate([dataset[index] for index in rows], tokenizer.pad_token_id)
-    model = LlamaForCausalLM(LlamaConfig(**{"vocab_size": len(tokenizer), **SHAPES[shape], "tie_word_embeddings": True}))
+    model = LlamaForCausalLM(
+        LlamaConfig(**{"vocab_size": len(tokenizer), **SHAPES[shape], "tie_word_embeddings": True})
+    )
     model.train()
     tokens = int((packed["group"] >= 0).sum())
     shape_of = packed["input_ids"].shape

@@ -86,7 +86,13 @@ def distil_draft(
         history.append(loss.item())
     draft.eval().save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    record = {"layers": layers, "steps": steps, "warm_up": warm_up, "parameters": draft.num_parameters(), "history": history}
+    record = {
+        "layers": layers,
+        "steps": steps,
+        "warm_up": warm_up,
+        "parameters": draft.num_parameters(),
+        "history": history,
+    }
     (Path(output_dir) / "training_record.json").write_text(json.dumps(record) + "\n")
     return record
 

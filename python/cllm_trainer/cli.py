@@ -45,7 +45,9 @@ def _settings_as_options(function):
         text = f"{field.metadata['meaning']}{choices}; default {field.default}: {field.metadata['source']}"
         kind = next(kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if isinstance(kind, type))
         annotation = Annotated[kind | None, typer.Option(help=text, show_default=False)]
-        parameters.append(inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
 
     @functools.wraps(function)
     def command(**options):
@@ -73,7 +75,9 @@ def _read_prompts(path: Path, tokenizer) -> tuple[list[list[int]], list[list[int
             row = json.loads(line)
             rows.append((row["prompt"], row.get("truth")))
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise typer.BadParameter(f'{path}:{number}: no {{"prompt": text}} ({type(error).__name__}: {error})') from None
+            raise typer.BadParameter(
+                f'{path}:{number}: no {{"prompt": text}} ({type(error).__name__}: {error})'
+            ) from None
     truths = None
     if all(truth is not None for _, truth in rows):
         encoded = tokenizer([truth for _, truth in rows], add_special_tokens=False)["input_ids"]
@@ -84,8 +88,12 @@ def _read_prompts(path: Path, tokenizer) -> tuple[list[list[int]], list[list[int
 @app.command()
 def collect(
     model: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
-    prompts: Annotated[Path, typer.Option(help='JSONL with {"prompt": text}, and "truth" if known, or Spider questions.')],
-    output: Annotated[Path, typer.Option(help="Training rows go here, as JSONL. The same call goes on after an interruption.")],
+    prompts: Annotated[
+        Path, typer.Option(help='JSONL with {"prompt": text}, and "truth" if known, or Spider questions.')
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Training rows go here, as JSONL. The same call goes on after an interruption.")
+    ],
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     mode: Annotated[str, typer.Option(help="window or block.")] = "window",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
@@ -113,7 +121,9 @@ def collect(
 def train(
     *,
     model: Annotated[Path, typer.Option(help="Checkpoint to start from.")],
-    data: Annotated[Path, typer.Option(help="Rows that collect wrote, or a file in the CLLM or Jacobi Forcing format.")],
+    data: Annotated[
+        Path, typer.Option(help="Rows that collect wrote, or a file in the CLLM or Jacobi Forcing format.")
+    ],
     output: Annotated[Path, typer.Option(help="The checkpoint goes here.")],
     target: Annotated[Path | None, typer.Option(help="Checkpoint that --target-weight holds the model to.")] = None,
     settings: Annotated[Path | None, SETTINGS] = None,
@@ -147,7 +157,9 @@ def rounds(
     """Collects with the current student, trains it, and again. The same call goes on after an interruption."""
     config = read_settings(settings, changes)
     ids, truths = _read_prompts(prompts, load_model(model)[1])
-    typer.echo(json.dumps(_rounds(model, ids, output, count, JacobiConfig(block_size=n), config, max_new_tokens, truths)))
+    typer.echo(
+        json.dumps(_rounds(model, ids, output, count, JacobiConfig(block_size=n), config, max_new_tokens, truths))
+    )
 
 
 @app.command()
@@ -163,7 +175,9 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     rounds: Annotated[int, typer.Option(min=1)] = 1,
     lookup: Annotated[bool, typer.Option(help="Adds transformers' prompt lookup.")] = False,
-    draft: Annotated[Path | None, typer.Option(help="Adds speculative decoding with this draft (cllm-train draft).")] = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="Adds speculative decoding with this draft (cllm-train draft).")
+    ] = None,
     medusa: Annotated[Path | None, typer.Option(help="Adds these heads (cllm-train medusa).")] = None,
     plots: Annotated[bool, typer.Option(help="Draws the training, and a trajectory of the CLLM.")] = False,
 ) -> None:
@@ -187,7 +201,15 @@ def _plot(cllm: Path, prompt: str, output: Path, block_size: int, max_new_tokens
     model, tokenizer = load_model(cllm)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "row.jsonl"
-        _collect(model, tokenizer, prompts_of(tokenizer, [prompt]), path, JacobiConfig(block_size=block_size), 1, max_new_tokens)
+        _collect(
+            model,
+            tokenizer,
+            prompts_of(tokenizer, [prompt]),
+            path,
+            JacobiConfig(block_size=block_size),
+            1,
+            max_new_tokens,
+        )
         plot_trajectory(read_rows(path)[0], output.with_name(f"{output.stem}_trajectory.png"))
 
 

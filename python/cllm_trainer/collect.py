@@ -17,7 +17,9 @@ from cllm_kernels.spider import is_degenerate
 
 from .rows import correct_later, fingerprint
 
-REPEATS = 10  # the run that the paper's code takes for a repetition (github.com/hao-ai-lab/Consistency_LLM, cllm/utils.py)
+REPEATS = (
+    10  # the run that the paper's code takes for a repetition (github.com/hao-ai-lab/Consistency_LLM, cllm/utils.py)
+)
 
 
 def collect(
@@ -174,7 +176,8 @@ def _append(file, temporary: Path, lines: list[dict], before: int) -> None:
     except OSError as error:
         os.truncate(temporary, whole)
         raise OSError(
-            error.errno, f"{error.strerror}; {temporary} keeps the first {before} rows, and the same call goes on from there"
+            error.errno,
+            f"{error.strerror}; {temporary} keeps the first {before} rows, and the same call goes on from there",
         ) from None
 
 

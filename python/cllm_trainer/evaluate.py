@@ -134,7 +134,8 @@ def evaluate(
             raise ValueError(f"the heads are {heads.blocks[0].in_features} wide, the target {model.config.hidden_size}")
         methods = _methods(model, block_size, max_new_tokens, first and lookup, drafter, heads)
         encoded = [
-            dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device)) for text in task.prompts()
+            dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device))
+            for text in task.prompts()
         ]
         _time(methods, encoded, rounds, name)
         for method in methods:
@@ -188,7 +189,13 @@ def perplexity(target: PreTrainedModel, encoded: list[dict], outputs: list[list[
 
 
 def _row(
-    method: _Method, ar: _Method, target_ar: dict | None, name: str, block_size: int, rounds: int, model: PreTrainedModel
+    method: _Method,
+    ar: _Method,
+    target_ar: dict | None,
+    name: str,
+    block_size: int,
+    rounds: int,
+    model: PreTrainedModel,
 ) -> dict:
     prompts = len(method.tokens)
     tokens = sum(map(len, method.tokens))
@@ -227,7 +234,10 @@ def tables(rows: list[dict], task: Task) -> str:
     measures = list(rows[0]["measures"])
     head = ["model", "method", "n", "tokens/s", "speed-up over the target's AR", "over its own AR", "tokens per forward",
             "equal to AR", "degenerate", *measures]  # fmt: skip
-    lines = [f"**{task.name}**, {rows[0]['prompts']} prompts, batch 1, {rows[0]['dtype']} (Kou et al. 2024, table 1)", ""]
+    lines = [
+        f"**{task.name}**, {rows[0]['prompts']} prompts, batch 1, {rows[0]['dtype']} (Kou et al. 2024, table 1)",
+        "",
+    ]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [row["model"], row["method"], str(row["block_size"]), f"{row['tokens_per_second']:.0f}",
@@ -238,7 +248,14 @@ def tables(rows: list[dict], task: Task) -> str:
             text = "–" if mean is None else f"{mean:.2f}" if name == "perplexity" else f"{mean:.1%}"
             cells.append(text if count == row["prompts"] else f"{text} of {count}")
         lines.append("| " + " | ".join(cells) + " |")
-    head = ["model", "method", "fast-forwarded (paper)", "stationary (paper)", "fast-forwarded (ours)", "stationary (ours)"]
+    head = [
+        "model",
+        "method",
+        "fast-forwarded (paper)",
+        "stationary (paper)",
+        "fast-forwarded (ours)",
+        "stationary (ours)",
+    ]
     lines += ["", "Tokens a prompt (Kou et al. 2024, table 3; ours looks at drafts and counts the verifying pass)", ""]
     lines += ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:

@@ -145,9 +145,7 @@ def next_state(
 
 def initial_states(row: dict, block_size: int, rng: random.Random) -> list[State]:
     """For every start the state in which a block begins: drafts drawn from the prompt. Needs no decoding."""
-    return [
-        (start, rng.choices(row["prompt_ids"], k=block_size - 1)) for start in range(len(row["output_ids"]) - 1)
-    ]
+    return [(start, rng.choices(row["prompt_ids"], k=block_size - 1)) for start in range(len(row["output_ids"]) - 1)]
 
 
 def noise_ratio(schedule: str, block: int, blocks: int, cycle: int, rng: random.Random) -> float:
@@ -217,7 +215,11 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
 
     def extent(layout: tuple) -> int:
         clean, _, parts, truth, _ = layout
-        return len(clean) + len(truth or ()) + sum(len(drafts) + len(later[1] if later else ()) for _, drafts, later in parts)
+        return (
+            len(clean)
+            + len(truth or ())
+            + sum(len(drafts) + len(later[1] if later else ()) for _, drafts, later in parts)
+        )
 
     shape = (len(layouts), max(map(extent, layouts)))
     input_ids = torch.full(shape, pad_token_id)

@@ -37,7 +37,9 @@ def plot_training(record: dict, path: str | Path) -> None:
     axes[0, 0].set_ylabel("nats")
     axes[0, 0].legend()
     if probes:
-        axes[1, 0].plot([probe["step"] for probe in probes], [probe["tokens_per_forward"] for probe in probes], marker=".")
+        axes[1, 0].plot(
+            [probe["step"] for probe in probes], [probe["tokens_per_forward"] for probe in probes], marker="."
+        )
         axes[1, 0].set_ylabel("tokens per forward")
     axes[-1, 0].set_xlabel("step")
     figure.tight_layout()
@@ -83,10 +85,14 @@ def plot_trajectory(row: dict, path: str | Path) -> None:
     names = ["", *KINDS]
     figure, axis = pyplot.subplots(figsize=(min(14, 2 + len(grid[0]) / 6), min(10, 1.5 + len(grid) / 5)))
     colours = ListedColormap(["white", *KINDS.values()])
-    axis.imshow([[names.index(kind) for kind in line] for line in grid], cmap=colours, vmin=0, vmax=len(KINDS), aspect="auto")
+    axis.imshow(
+        [[names.index(kind) for kind in line] for line in grid], cmap=colours, vmin=0, vmax=len(KINDS), aspect="auto"
+    )
     axis.set_xlabel("position in the output")
     axis.set_ylabel("iteration")
-    figure.legend(handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()], loc="upper center", ncols=4)
+    figure.legend(
+        handles=[Patch(color=colour, label=kind) for kind, colour in KINDS.items()], loc="upper center", ncols=4
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -46,6 +46,11 @@ def rounds(
             target = load_model(model)[0] if config.target_weight > 0 else None
             train(student, tokenizer, read_rows(rows), folder, own, summary, target, resume=True)
         record = json.loads((folder / "training_record.json").read_text())
-        summaries.append({"model": str(folder), **{key: record.get(key) for key in ("round", "tokens_per_forward", "degenerate", "steps")}})
+        summaries.append(
+            {
+                "model": str(folder),
+                **{key: record.get(key) for key in ("round", "tokens_per_forward", "degenerate", "steps")},
+            }
+        )
         current = folder
     return summaries

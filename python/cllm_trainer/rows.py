@@ -107,16 +107,25 @@ def check_rows(
     """Raises ValueError on rows that another tokenizer made, on ids a model with ``vocabulary`` tokens does not have,
     and, if ``block_size`` is given, on rows made with another."""
     if len(tokenizer) > vocabulary:
-        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; they do not belong together")
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; they do not belong together"
+        )
     own = fingerprint(tokenizer)
     for number, row in enumerate(rows, 1):
         if row.get("tokenizer", own) != own:
             raise ValueError(f"row {number} was made by the tokenizer {row['tokenizer']}; this one is {own}")
         if block_size is not None and row.get("block_size", block_size) != block_size:
             raise ValueError(f"row {number} was made with block_size {row['block_size']}; asked for is {block_size}")
-        for ids in (row["prompt_ids"], row["output_ids"], row.get("truth_ids", []), *(s[1] for s in row.get("states", []))):
+        for ids in (
+            row["prompt_ids"],
+            row["output_ids"],
+            row.get("truth_ids", []),
+            *(s[1] for s in row.get("states", [])),
+        ):
             if ids and max(ids) >= vocabulary:
-                raise ValueError(f"row {number} holds the token {max(ids)}; the model has the tokens 0 to {vocabulary - 1}")
+                raise ValueError(
+                    f"row {number} holds the token {max(ids)}; the model has the tokens 0 to {vocabulary - 1}"
+                )
 
 
 def correct_later(start: int, drafts: list[int], output: list[int], share: float, rng: random.Random) -> State:

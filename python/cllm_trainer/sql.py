@@ -146,7 +146,11 @@ def make_database(schema: dict, queries: list[str], seed: int = 0) -> sqlite3.Co
     """
     rng = random.Random(f"{schema['db_id']} {seed}")
     literals = [token for query in queries for token in tokenize(query)]
-    texts = sorted({token[1:-1].replace("''", "'") for token in literals if token[0] == "'"}) + ["alpha", "beta", "gamma"]
+    texts = sorted({token[1:-1].replace("''", "'") for token in literals if token[0] == "'"}) + [
+        "alpha",
+        "beta",
+        "gamma",
+    ]
     numbers = sorted({float(token) for token in literals if _NUMBER.fullmatch(token)}) + [1, 2, 3, 5, 10, 50]
     numbers = [int(number) if number == int(number) else number for number in numbers]
     parents = dict(schema.get("foreign_keys", []))
@@ -163,7 +167,9 @@ def make_database(schema: dict, queries: list[str], seed: int = 0) -> sqlite3.Co
             elif schema["column_types"][index] == "number":
                 made = [rng.choice(numbers) if rng.random() < 0.5 else rng.randint(0, 100) for _ in range(ROWS)]
             elif schema["column_types"][index] == "time":
-                made = [f"{rng.randint(1990, 2020)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}" for _ in range(ROWS)]
+                made = [
+                    f"{rng.randint(1990, 2020)}-{rng.randint(1, 12):02}-{rng.randint(1, 28):02}" for _ in range(ROWS)
+                ]
             else:
                 made = [rng.choice(texts) for _ in range(ROWS)]
             kept[index] = made
@@ -171,6 +177,8 @@ def make_database(schema: dict, queries: list[str], seed: int = 0) -> sqlite3.Co
 
     database = sqlite3.connect(":memory:")
     for number, table in enumerate(schema["table_names_original"]):
+        if table.startswith("sqlite_"):  # SQLite's own; some schemas list it
+            continue
         own = [index for index, (owner, _) in enumerate(schema["column_names_original"]) if owner == number]
         names = ", ".join(f'"{schema["column_names_original"][index][1]}"' for index in own)
         database.execute(f'create table "{table}" ({names})')

@@ -76,7 +76,9 @@ class Spider(Task):
         columns = {name: columns_of(schema) for name, schema in self.schemas.items()}
         pairs = list(zip(outputs, self.rows, strict=True))
         measures: Measures = {
-            "exact_set_match": [exact_set_match(output, row["query"], columns.get(row["db_id"])) for output, row in pairs],
+            "exact_set_match": [
+                exact_set_match(output, row["query"], columns.get(row["db_id"])) for output, row in pairs
+            ],
             "exact_match": [exact_match(output, row["query"]) for output, row in pairs],
         }
         if self.schemas:
@@ -84,9 +86,12 @@ class Spider(Task):
             for row in self.rows:
                 queries.setdefault(row["db_id"], []).append(row["query"])
             databases = {
-                name: [make_database(self.schemas[name], own, seed) for seed in range(3)] for name, own in queries.items()
+                name: [make_database(self.schemas[name], own, seed) for seed in range(3)]
+                for name, own in queries.items()
             }
-            measures["execution"] = [same_result(databases[row["db_id"]], output, row["query"]) for output, row in pairs]
+            measures["execution"] = [
+                same_result(databases[row["db_id"]], output, row["query"]) for output, row in pairs
+            ]
             for database in (one for group in databases.values() for one in group):
                 database.close()
         return measures
@@ -115,7 +120,8 @@ class GSM8K(Task):
     def score(self, outputs: list[str]) -> Measures:
         return {
             "final_answer": [
-                final_answer(output) == final_answer(row["answer"]) for output, row in zip(outputs, self.rows, strict=True)
+                final_answer(output) == final_answer(row["answer"])
+                for output, row in zip(outputs, self.rows, strict=True)
             ]
         }
 

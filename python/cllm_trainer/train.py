@@ -73,7 +73,9 @@ class ConsistencyTrainer(Trainer):
     def __init__(self, *args, config: TrainConfig, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean per batch
-        self.weights = dict(zip(PARTS, (config.ar_weight, config.consistency_weight, config.target_weight), strict=True))
+        self.weights = dict(
+            zip(PARTS, (config.ar_weight, config.consistency_weight, config.target_weight), strict=True)
+        )
         self.parts: list[torch.Tensor] = []  # losses since they were last logged
         rows = self.train_dataset.rows
         lengths = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in rows]
@@ -163,7 +165,9 @@ class Alarm(TrainerCallback):
         if loss is None:
             return
         if not all(math.isfinite(logs[name]) for name in PARTS):
-            raise Collapsed(f"step {state.global_step}: a loss is not finite: " + ", ".join(f"{n} {logs[n]}" for n in PARTS))
+            raise Collapsed(
+                f"step {state.global_step}: a loss is not finite: " + ", ".join(f"{n} {logs[n]}" for n in PARTS)
+            )
         self.recent = [*self.recent, loss][-_MEDIAN_OF:]
         if len(self.recent) < _MEDIAN_OF:
             return
@@ -396,7 +400,12 @@ def _with_lora(model: PreTrainedModel, config: TrainConfig) -> torch.nn.Module:
 
 
 def _save(
-    model: PreTrainedModel, state: dict, tokenizer: PreTrainedTokenizerBase, record: dict, output_dir: Path, dtype: torch.dtype
+    model: PreTrainedModel,
+    state: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    record: dict,
+    output_dir: Path,
+    dtype: torch.dtype,
 ) -> None:
     """Writes the model so that what lies in ``output_dir`` loads only when it is whole: config.json comes last."""
     # Not model.to(dtype): that would round the rotary frequencies too, which are not saved.

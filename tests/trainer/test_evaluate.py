@@ -25,7 +25,9 @@ def target(tmp_path_factory):
     from cllm_trainer.train import train
 
     path = tmp_path_factory.mktemp("evaluate") / "target"
-    config = TrainConfig(epochs=15, batch_size=10, learning_rate=3e-3, warmup_steps=5, noisy_blocks=0, save_dtype="float32")
+    config = TrainConfig(
+        epochs=15, batch_size=10, learning_rate=3e-3, warmup_steps=5, noisy_blocks=0, save_dtype="float32"
+    )
     train(make_model(), make_tokenizer(), make_rows(40), path, config)
     return path
 
@@ -91,7 +93,9 @@ def rows(target, tmp_path_factory):
     train_medusa(model, tokenizer, make_rows(40), folder / "heads", count=3, steps=20)
     distil_draft(model, tokenizer, make_rows(40), folder / "draft", steps=6)
     file = folder / "q.jsonl"
-    file.write_text("".join(json.dumps({"turns": [" ".join(f"w{3 + i + j}" for j in range(3))]}) + "\n" for i in range(4)))
+    file.write_text(
+        "".join(json.dumps({"turns": [" ".join(f"w{3 + i + j}" for j in range(3))]}) + "\n" for i in range(4))
+    )
     task = load_task("mt_bench", file)
     return task, folder, evaluate(
         {"target": target, "cllm": target}, task, 8, 12, lookup=True, draft=folder / "draft", medusa=folder / "heads"
@@ -151,7 +155,9 @@ def test_command_line(target, tmp_path):
     from cllm_trainer.cli import app
     from typer.testing import CliRunner
 
-    prompts = [{"prompt": " ".join(f"w{token}" for token in row["prompt_ids"]), "truth": "w5 w6"} for row in make_rows(8)]
+    prompts = [
+        {"prompt": " ".join(f"w{token}" for token in row["prompt_ids"]), "truth": "w5 w6"} for row in make_rows(8)
+    ]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
     turns = [{"turns": [row["prompt"]]} for row in prompts]
     (tmp_path / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turns))

@@ -96,7 +96,12 @@ def test_programs_run_within_limits(program, good):
 
 
 def test_human_eval_takes_the_function_alone(tmp_path):
-    row = {"task_id": "x", "prompt": "def add(a, b):\n", "test": "def check(f):\n    assert f(1, 2) == 3\n", "entry_point": "add"}
+    row = {
+        "task_id": "x",
+        "prompt": "def add(a, b):\n",
+        "test": "def check(f):\n    assert f(1, 2) == 3\n",
+        "entry_point": "add",
+    }
     path = tmp_path / "h.jsonl"
     path.write_text(json.dumps(row) + "\n")
     task = HumanEval(path)
