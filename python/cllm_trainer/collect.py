@@ -64,7 +64,8 @@ def collect(
         raise ValueError(f"there are {len(truths)} truths for {len(prompts)} prompts")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not belong "
+            "together"
         )
     generator = JacobiGenerator(model, config)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))

@@ -232,7 +232,8 @@ def _row(
 def tables(rows: list[dict], task: Task) -> str:
     """Markdown: a table in the shape of the paper's table 1 (speed and quality), one in that of its table 3."""
     measures = list(rows[0]["measures"])
-    head = ["model", "method", "n", "tokens/s", "speed-up over the target's AR", "over its own AR", "tokens per forward",
+    head = ["model", "method", "n", "tokens/s", "speed-up over the target's AR", "over its own AR",
+            "tokens per forward",
             "equal to AR", "degenerate", *measures]  # fmt: skip
     lines = [
         f"**{task.name}**, {rows[0]['prompts']} prompts, batch 1, {rows[0]['dtype']} (Kou et al. 2024, table 1)",

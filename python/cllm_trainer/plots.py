@@ -50,29 +50,25 @@ def plot_training(record: dict, path: str | Path) -> None:
 def classify(row: dict) -> list[list[str]]:
     """For each state of a training row what stood at each output position: a kind of :data:`KINDS`, or "" for nothing.
 
-    A committed token is fast-forwarded in the state where it first is committed, if a token before it was committed by
-    the same forward. A draft is stationary if it is right behind a wrong one and stays so until it is committed; right
-    drafts before the first wrong one count as committed, since this forward commits them.
+    Right drafts before the first wrong one are fast-forwarded: this forward commits them, beyond the token that it
+    would have committed anyway. A draft is stationary if it is right behind a wrong one and stays so until it is
+    committed. The last line is the whole output.
     """
     output, states = row["output_ids"], row["states"]
     grid = []
     for number, (start, drafts) in enumerate(states):
-        before = states[number - 1][0] if number else 0
-        kinds = ["committed"] * (before + 1 if number else 0)
-        kinds = kinds[:start] + ["fast-forwarded"] * (start - len(kinds))
+        kinds = ["committed"] * start
         wrong = False
         for place, draft in enumerate(drafts[: len(output) - start], start):
             right = draft == output[place]
+            wrong = wrong or not right
             stays = right and all(
                 place < first or (place - first < len(later) and later[place - first] == draft)
                 for first, later in states[number:]
             )
-            wrong = wrong or not right
-            kinds.append("stationary" if wrong and stays else "wrong" if not right or wrong else "committed")
+            kinds.append("fast-forwarded" if not wrong else "stationary" if stays else "wrong")
         grid.append(kinds + [""] * (len(output) - len(kinds)))
-    last = states[-1][0] if states else 0
-    grid.append(["committed"] * (last + 1) + ["fast-forwarded"] * (len(output) - last - 1))
-    return grid
+    return [*grid, ["committed"] * len(output)]
 
 
 def plot_trajectory(row: dict, path: str | Path) -> None:
@@ -83,7 +79,7 @@ def plot_trajectory(row: dict, path: str | Path) -> None:
 
     grid = classify(row)
     names = ["", *KINDS]
-    figure, axis = pyplot.subplots(figsize=(min(14, 2 + len(grid[0]) / 6), min(10, 1.5 + len(grid) / 5)))
+    figure, axis = pyplot.subplots(figsize=(max(7, min(14, 2 + len(grid[0]) / 6)), min(10, 1.5 + len(grid) / 5)))
     colours = ListedColormap(["white", *KINDS.values()])
     axis.imshow(
         [[names.index(kind) for kind in line] for line in grid], cmap=colours, vmin=0, vmax=len(KINDS), aspect="auto"

@@ -155,9 +155,10 @@ class Alarm(TrainerCallback):
         share = sum(is_degenerate(output, repeats=REPEATS) for output in outputs) / len(outputs)
         self.probes.append({"step": step, "tokens_per_forward": run.tokens_per_forward, "degenerate": share})
         if share > self.probes[0]["degenerate"] + self.config.alarm_repetition:
+            before = self.probes[0]["degenerate"]
             raise Collapsed(
-                f"step {step}: {share:.0%} of the probed outputs run into repetition, {self.probes[0]['degenerate']:.0%} "
-                "did at the start; a lower learning rate or a higher ar_weight may keep the model"
+                f"step {step}: {share:.0%} of the probed outputs run into repetition, {before:.0%} did at the start; "
+                "a lower learning rate or a higher ar_weight may keep the model"
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -175,8 +176,8 @@ class Alarm(TrainerCallback):
         self.lowest = min(self.lowest, loss)
         if loss > self.config.alarm_ar * self.lowest and loss > self.lowest + 0.5:
             raise Collapsed(
-                f"step {state.global_step}: the AR loss is {loss:.3f} and was {self.lowest:.3f} at its lowest; the model "
-                "forgets; a lower learning rate or a higher ar_weight may keep it"
+                f"step {state.global_step}: the AR loss is {loss:.3f} and was {self.lowest:.3f} at its lowest; "
+                "the model forgets; a lower learning rate or a higher ar_weight may keep it"
             )
 
 
@@ -325,8 +326,8 @@ def train(
         )
         if trainer.is_fsdp_enabled and (config.lora_rank or config.probe_steps):
             raise ValueError(
-                f"lora_rank is {config.lora_rank} and probe_steps {config.probe_steps}; both must be 0 under FSDP, which "
-                "leaves no process a whole model to merge or to decode with"
+                f"lora_rank is {config.lora_rank} and probe_steps {config.probe_steps}; both must be 0 under FSDP, "
+                "which leaves no process a whole model to merge or to decode with"
             )
         alarm = Alarm(trainer, config, tokenizer)
         checkpoints = _Checkpoints(trainer, alarm, dataclasses.asdict(config) | {"rows": len(kept)})
@@ -381,8 +382,8 @@ def _check_window(model: PreTrainedModel, rows: list[dict]) -> None:
         longest = max(len(row["prompt_ids"]) + len(row["output_ids"]) for row in rows)
         if longest > window:
             raise ValueError(
-                f"the longest row has {longest} tokens and {type(model).__name__} a sliding window of {window}, which the "
-                "mask of packed blocks does not know; leave longer rows out"
+                f"the longest row has {longest} tokens and {type(model).__name__} a sliding window of {window}, which "
+                "the mask of packed blocks does not know; leave longer rows out"
             )
 
 

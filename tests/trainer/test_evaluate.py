@@ -131,9 +131,9 @@ def test_perplexity_is_that_of_the_tokens(target):
 def test_a_trajectory_in_kinds():
     row = {"output_ids": [10, 11, 12, 13, 14], "states": [[0, [10, 0, 12, 0]], [2, [12, 0, 14]], [4, [14]]]}
     assert classify(row) == [
-        ["committed", "wrong", "stationary", "wrong", ""],
-        ["committed", "fast-forwarded", "committed", "wrong", "stationary"],
-        ["committed", "committed", "committed", "fast-forwarded", "committed"],
+        ["fast-forwarded", "wrong", "stationary", "wrong", ""],
+        ["committed", "committed", "fast-forwarded", "wrong", "stationary"],
+        ["committed"] * 4 + ["fast-forwarded"],
         ["committed"] * 5,
     ]
 
@@ -170,7 +170,8 @@ def test_command_line(target, tmp_path):
 
     rows, model = tmp_path / "rows.jsonl", tmp_path / "cllm"
     run("collect", "--model", target, "--prompts", tmp_path / "prompts.jsonl", "--output", rows, "--block-size", 6,
-        "--max-new-tokens", 12, "--temperature", 0.7, "--augment", "--cllm-json", tmp_path / "cleaned.json")  # fmt: skip
+        "--max-new-tokens", 12, "--temperature", 0.7, "--augment", "--cllm-json",
+        tmp_path / "cleaned.json")  # fmt: skip
     assert json.loads(rows.read_text().splitlines()[0])["truth_ids"] == [5, 6, EOS]
     pytest.importorskip("peft", reason="LoRA needs peft")
     run("train", "--model", target, "--data", tmp_path / "cleaned.json", "--output", model, "--settings",

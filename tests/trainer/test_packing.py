@@ -155,7 +155,8 @@ def test_on_policy_states_follow_the_decoder():
             break
         inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
         with torch.no_grad():
-            logits = model(**inputs, attention_mask=additive_mask(dense_mask(batch["seen"], batch["group"]), torch.float32)).logits
+            mask = additive_mask(dense_mask(batch["seen"], batch["group"]), torch.float32)
+            logits = model(**inputs, attention_mask=mask).logits
         dataset.advance(batch["blocks"], logits.flatten(0, 1)[batch["student"]].argmax(-1).tolist())
     assert compared > 40
 

@@ -12,7 +12,10 @@ from cllm_trainer.sql import columns_of, exact_set_match, make_database, run, sa
 from cllm_trainer.tasks import HumanEval, final_answer, load_task
 from test_pipeline import SCHEMA
 
-QUERY = "SELECT T1.full_name, count(*) FROM Customer AS T1 JOIN Order_Item AS T2 ON T1.id = T2.customer_id WHERE T2.price > 5 AND T1.age < 30 GROUP BY T1.id ORDER BY T1.age DESC LIMIT 1"
+QUERY = (
+    "SELECT T1.full_name, count(*) FROM Customer AS T1 JOIN Order_Item AS T2 ON T1.id = T2.customer_id "
+    "WHERE T2.price > 5 AND T1.age < 30 GROUP BY T1.id ORDER BY T1.age DESC LIMIT 1"
+)
 
 
 @pytest.mark.parametrize(
