@@ -19,7 +19,7 @@ from cllm_trainer.spider import encode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 MODELS = Path(__file__).parents[1] / "models"
-ROUNDS = 15
+ROUNDS = 7
 LIMIT = 1.6
 SHAPES = {
     "bundled 3M, vocabulary 1024": dict(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4),
