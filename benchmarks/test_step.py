@@ -3,8 +3,8 @@
     pytest benchmarks/test_step.py --benchmark-json=step.json
 
 On the CPU alone; models are the bundled CLLM and one of Qwen2.5-0.5B's shape with random weights. Compiling takes
-minutes; CLLM_BENCH_COMPILE=0 leaves it out. The speed-up that is printed is over the fastest of all, one token included:
-its inverse is what the window costs in steps of one token.
+minutes; CLLM_BENCH_COMPILE=0 leaves it out. The speed-up that is printed is over the fastest of all, one token
+included: its inverse is what the window costs in steps of one token.
 """
 
 import contextlib

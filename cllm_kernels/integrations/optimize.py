@@ -168,8 +168,8 @@ def _parameters_reason(module: nn.Module, backend: str) -> str | None:
 def _family(layer: nn.Module) -> str | None:
     """The family whose decoder layer this is, itself and not a subclass."""
     name = type(layer).__name__.removesuffix("DecoderLayer")
-    known = name in _FAMILIES and type(layer).__module__ == f"transformers.models.{name.lower()}.modeling_{name.lower()}"
-    return name if known else None
+    source = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
+    return name if name in _FAMILIES and type(layer).__module__ == source else None
 
 
 def _layer_reason(layer: nn.Module, backend: str) -> str | None:
@@ -186,7 +186,8 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
         **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "RMSNorm"),
         **dict.fromkeys((f"self_attn.{name}" for name in heads), "RMSNorm"),
     }
-    projections = {f"self_attn.{name}_proj" for name in "qkvo"} | {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    projections = {f"self_attn.{name}_proj" for name in "qkvo"}
+    projections |= {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
     modules = dict(layer.named_modules())
     if set(modules) != {*classes, *projections, "mlp.act_fn"}:
         return "it has other submodules than its class is known for"

@@ -23,9 +23,11 @@ def window_linear(
     [N], all of one dtype (float32, bfloat16). Sums are accumulated in float32 and rounded once. Returns [..., N],
     contiguous.
 
-    In C++, a result depends on its own row of x alone: the same row gives the same bits in a window of 1 and in one of
+    In C++, a result depends on its own row of x and on the weights alone: the same row gives the same bits in a window of 1 and in one of
     64, so that decoding token by token and by windows agree. Above `ROWS` rows, and where the backend is "torch",
     torch's own linear runs, for which this does not hold.
+
+    With AVX-512 BF16, products of bfloat16 are added in pairs and numbers below float32's normal range count as 0.
 
     For inference: gradients are not defined. Raises ValueError on shapes, dtypes, devices or strides that do not fit.
     """

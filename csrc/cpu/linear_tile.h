@@ -179,8 +179,8 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
   }
 }
 
-// Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile: `Fetch`
-// of their C rows by each tile, so that the memory never rests.
+// Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile:
+// `Fetch` of their C rows by each tile, so that the memory never rests.
 template <class T, int C, int Fetch>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end) {
   const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows;

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(backends.EXTENSION is None, reason=str(backends.
 
 
 def forwards(model):
-    return {name: module.forward.__func__ for name, module in model.named_modules() if hasattr(module.forward, "__func__")}
+    return {name: getattr(module.forward, "__func__", None) for name, module in model.named_modules()}
 
 
 def window_forward(model, tokens, length=0, cache=None):
