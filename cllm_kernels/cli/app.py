@@ -86,7 +86,7 @@ def generate(
 def verify(
     model: Annotated[str, typer.Option(help="Local checkpoint or hub name of a causal LM.")],
     prompt: Annotated[str, typer.Option(help="Text that was continued.")],
-    ids: Annotated[str | None, typer.Option(help="New token ids, by spaces or commas; decoded here if not given.")] = None,
+    ids: Annotated[str | None, typer.Option(help="New token ids, by spaces or commas; else decoded here.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of the run; 128, or as many as ids.")] = None,
     block_size: BlockSize = 16,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0,
