@@ -85,6 +85,8 @@ class Session:
 
     def restart(self, state: JacobiState, starts: torch.Tensor) -> None:
         """Begins with another prompt of the same shapes."""
+        self.state = self.whole
+        self.order = list(range(self.state.rows))
         for tensor, new in zip(self.state.tensors(), state.tensors(), strict=True):
             tensor.copy_(new)
         self.bounds[1].copy_(starts)

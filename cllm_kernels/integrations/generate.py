@@ -515,11 +515,9 @@ def _session(
     )
     key = None
     if kept:
-        # A graph holds addresses, so the weights must be where they were.
-        weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
         key = (
             "session", rows, width + extra, output, len(eos), config.width, config.mode, config.refill,
-            processing.temperature, backend, max_position, weights, model.config._attn_implementation,
+            processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
         )  # fmt: skip
         session = memory.get(key)
         if session is not None:
@@ -537,6 +535,17 @@ def _session(
             del memory[old]
         memory[key] = session
     return session
+
+
+def _fingerprint(model: PreTrainedModel) -> int:
+    """Of what a captured graph took from the model: where its weights lie, and what adapters and hooks were on."""
+    weights = [parameter.data_ptr() for parameter in model.parameters()]
+    modules = [
+        (id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
+        + tuple(str(getattr(module, name, "")) for name in ("disable_adapters", "active_adapters", "merged_adapters"))
+        for module in model.modules()
+    ]
+    return hash((tuple(weights), tuple(modules)))
 
 
 def window_forward(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
 from helpers import EOS, make_model, make_prompts
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
-from cllm_kernels.decoding import loop, session
+from cllm_kernels.decoding import JacobiCache, loop, session
+from cllm_kernels.ops import JacobiState
 
 MODEL = make_model("qwen2", seed=4)
 READS = ("item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__")
@@ -168,3 +170,23 @@ def test_steps_behind_the_first_are_conditional(conditions, monkeypatch):
     assert log == ["step", *one, *one] and len(session._pools) == 1
     replay()
     assert log[-1] == "replay"
+
+
+def test_a_session_begins_anew():
+    prompt = torch.tensor([[5, 6], [7, 8], [9, 3]])
+
+    def make(limits):
+        return JacobiState.create(prompt, limits=limits, block_size=4, capacity=9)
+
+    bounds = torch.zeros(2, 3, dtype=torch.int32)
+    cache = JacobiCache(bounds[0], 20)
+    kept = session.Session(lambda *args: None, dataclasses.replace(make(9), lengths=bounds[0]), bounds, cache=cache)
+    kept.state.done.copy_(torch.tensor([1, 0, 2]))
+    kept.state.produced.copy_(torch.tensor([9, 4, 6]))
+    kept.drop_finished()
+    assert kept.state.rows == 1 and kept.order == [1, 0, 2] and kept.whole.produced.tolist() == [4, 9, 6]
+    fresh = make([3, 4, 5])
+    kept.restart(fresh, torch.tensor([0, 1, 0], dtype=torch.int32))
+    assert kept.order == [0, 1, 2] and bounds[1].tolist() == [0, 1, 0]
+    for mine, new in zip(kept.state.tensors(), fresh.tensors(), strict=True):
+        assert torch.equal(mine, new)
