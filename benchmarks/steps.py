@@ -5,7 +5,7 @@
 
 A step is a forward over the window behind a cache of the given length, and what turns its logits into tokens. The
 methods take turns in one process: transformers' eager step with its dynamic cache, its step with a static cache and
-torch.compile, ours with one token and with windows. The floor is the time in which a copy would read the weights and
+torch.compile (at the first length alone), ours with one token and with windows. The floor is the time in which a copy would read the weights and
 the cache once, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
 """
 
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
 
-from cllm_kernels import JacobiConfig, backends
+from cllm_kernels import JacobiConfig, backends, optimize
 from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import JacobiCache, Processing, Session
 from cllm_kernels.decoding.session import capture, make_step
@@ -118,14 +118,13 @@ def our_session(model, length: int, width: int, room: int, dtype: torch.dtype, d
 
 def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     config = model.config
-    weights = sum(parameter.numel() for parameter in {id(p): p for p in model.parameters()}.values())
+    weights = sum(parameter.numel() for parameter in model.parameters())
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size  # of the embedding, a row a token is read
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = 2 * config.num_hidden_layers * config.num_key_value_heads * length * dim
     flops = 2 * width * weights + 4 * width * config.num_hidden_layers * config.num_attention_heads * length * dim
     threads = torch.get_num_threads()
-    # measured with as many bytes read as written, so what is only read takes half as long at most
     arithmetic = rate(dtype if device.type == "cuda" else torch.float32, threads)
     return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
 
@@ -145,14 +144,16 @@ def measure(shape: str, dtype: torch.dtype, device: torch.device, widths, length
         steps = {}  # name and width: what has to be set up, untimed, and the step
         plain = contextlib.nullcontext
 
+        @contextlib.contextmanager
         def ours_enabled():
-            return block_attention_enabled(model, backend)
+            with block_attention_enabled(model, backend), optimize(model, backend):
+                yield
 
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
             fill(cache, model, length, dtype, device)
             steps["hf_eager", 1] = plain, hf_step(model, cache, model, length, device)
-            if compiled:
+            if compiled and length == lengths[0]:  # compiling takes minutes
                 static = StaticCache(config=model.config, max_cache_len=length + room)
                 fill(static, model, length, dtype, device)
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
@@ -170,7 +171,7 @@ def measure(shape: str, dtype: torch.dtype, device: torch.device, widths, length
                 if on_gpu:
                     with ours_enabled():
                         ours()
-                        steps["ours_graph", width] = plain, capture(ours, 1)
+                        steps["ours_graph", width] = plain, capture(ours, 1, session.state.status[0])
             times = {name: [] for name in steps}
             for turn in range(repeats + 3):
                 for name, (setup, step) in steps.items():

@@ -11,6 +11,7 @@ _EXPORTS = {
     "disable_jacobi": "integrations.generate",
     "enable_jacobi": "integrations.generate",
     "jacobi_generate": "integrations.generate",
+    "optimize": "integrations.optimize",
     "verify": "integrations.verification",
 }
 __all__ = sorted(_EXPORTS)

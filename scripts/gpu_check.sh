@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds, tests and measures on a machine with a GPU, without a registry: its Python holds what is needed.
 #
-#   scripts/gpu_check.sh [stage ...]     stages: build wheel test sanitize kernels; all of them without arguments
+#   scripts/gpu_check.sh [stage ...]     stages: build wheel test sanitize decode steps kernels; all of them without arguments
 #
 # Results go to $OUT (default: benchmarks/results), named after the GPU. A failed stage does not stop the others.
 set -uo pipefail
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
 stages=("$@")
-[ ${#stages[@]} -gt 0 ] || stages=(build wheel test sanitize kernels)
+[ ${#stages[@]} -gt 0 ] || stages=(build wheel test sanitize decode steps kernels)
 export PYTHONPATH="$PWD:$PWD/python" PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 # CUDA kernels for the GPU that is here alone, which is all that the checks need.
@@ -37,12 +37,19 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
         $tool --tool $check --error-exitcode 9 "$PYTHON" -m pytest -q -x -p no:cacheprovider \
           tests/ops/test_cuda_on_gpu.py -k "head_sizes and bfloat16 or later_rows and bfloat16 or streams or graphs" || return 1
       done ;;
+    decode)  # the bundled models: real tokens per forward and per second
+      "$PYTHON" -c "from cllm_kernels.cli import main; main()" bench --device cuda --prompts 16 --batch 1 --batch 8 \
+        --block-size 16 --block-size 32 --json "$OUT/decode_$gpu.json" ;;
+    steps)  # 7B and 8B shapes with random weights: time of a step
+      "$PYTHON" benchmarks/steps.py --shape llama-2-7b --shape qwen2.5-7b --shape llama-3-8b --dtype bfloat16 \
+        --device cuda --width 1 --width 8 --width 16 --width 32 --width 64 --length 1024 --length 8192 --length 32768 \
+        --repeats 20 --json "$OUT/steps_$gpu.json" ;;
     kernels)
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks --benchmark-only --benchmark-json="$OUT/kernels_$gpu.json" \
         && "$PYTHON" benchmarks/plot.py "$OUT/kernels_$gpu.json" \
         && CLLM_BACKEND=triton "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
           -k "not lm_head" --benchmark-only --benchmark-json="$OUT/kernels_${gpu}_triton.json" ;;
-    *) echo "no such stage: $1; there are build, wheel, test, sanitize and kernels"; return 1 ;;
+    *) echo "no such stage: $1; there are build, wheel, test, sanitize, decode, steps and kernels"; return 1 ;;
   esac
 }
 

@@ -86,7 +86,7 @@ def generate(
 def verify(
     model: Annotated[str, typer.Option(help="Local checkpoint or hub name of a causal LM.")],
     prompt: Annotated[str, typer.Option(help="Text that was continued.")],
-    ids: Annotated[str | None, typer.Option(help="New token ids, by spaces or commas; decoded here if not given.")] = None,
+    ids: Annotated[str | None, typer.Option(help="New token ids, by spaces or commas; else decoded here.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of the run; 128, or as many as ids.")] = None,
     block_size: BlockSize = 16,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0,
@@ -138,6 +138,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; their median counts.")] = 3,
     draft_model: Annotated[str | None, typer.Option(help="Checkpoint for transformers' assisted generation.")] = None,
     compiled: Annotated[bool, typer.Option(help="Measure transformers' compiled AR too.")] = True,
+    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
@@ -151,7 +152,7 @@ def bench(
     try:
         rows = _bench.run(
             chosen, workload, data, prompts, batch or [1], block_size or [16], max_new_tokens, rounds, draft_model,
-            compiled, console,
+            compiled, device, console,
         )  # fmt: skip
     except (OSError, ValueError, NotImplementedError) as error:
         _fail(error)

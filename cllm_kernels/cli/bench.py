@@ -89,7 +89,7 @@ def _jacobi(config: JacobiConfig) -> Callable[[PreTrainedModel, int], Run]:
 
 def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | None, compiled: bool) -> list[Method]:
     """The baselines, then Jacobi decoding in each mode and with each draft source; the first one is what others are
-    compared with. Prompt lookup and assisted generation of transformers take one row only."""
+    compared with. All of ours but one run `optimize` on the CPU. Prompt lookup and assisted generation of transformers take one row only."""
     found = [Method("hf_ar", _hf())]
     if compiled:
         found.append(Method("hf_ar_compiled", _hf_compiled))
@@ -100,6 +100,7 @@ def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | N
     found.append(_named("ar", JacobiConfig(draft="none")))
     for size in block_sizes:
         found.append(_named("jacobi_window", JacobiConfig(size)))
+        found.append(_named("jacobi_window, torch's linears", JacobiConfig(size, optimize=False)))
         found.append(_named("jacobi_block", JacobiConfig(size, "block")))
         found.append(_named("jacobi_lookup", JacobiConfig(size, draft="lookup")))
         found.append(_named("jacobi_auto", JacobiConfig(size, draft="auto")))
@@ -137,14 +138,15 @@ def run(
     rounds: int,
     draft: str | None,
     compiled: bool,
+    device: str,
     console: Console,
 ) -> list[dict]:
     """One row for each model, batch size and method."""
-    draft_model = load_model(draft)[0] if draft else None
+    draft_model = load_model(draft)[0].to(device) if draft else None
     rows = []
     for name, path in models.items():
         model, tokenizer = load_model(path)
-        model.eval()
+        model.to(device).eval()
         entries = read_workload(workload, data, prompts)
         for batch in batches:
             measured = _measure(

@@ -34,6 +34,8 @@ class JacobiConfig:
             and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
+        optimize: whether linear layers and known decoder layers run by the package's own kernels while decoding, where
+            the backend is ``"cpp"`` (see :func:`cllm_kernels.optimize`).
 
     Raises:
         ValueError: an option is out of its range.
@@ -47,6 +49,7 @@ class JacobiConfig:
     cuda_graph: bool | None = None
     backend: str = "auto"
     record_trajectory: bool = False
+    optimize: bool = True
 
     def __post_init__(self):
         if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
@@ -60,7 +63,8 @@ class JacobiConfig:
         for seed in self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32), or one for each row")
-
+        if not isinstance(self.optimize, bool):
+            raise ValueError(f"optimize is {self.optimize!r}; it must be True or False")
         if self.adapts and (self.mode != "window" or self.record_trajectory):
             what = "mode='window'" if self.mode != "window" else "record_trajectory=False"
             raise ValueError(f"adaptive={self.adaptive} with draft={self.draft!r} changes the width; it needs {what}")

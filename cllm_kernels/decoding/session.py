@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -99,16 +100,33 @@ def runs_on_device(device: torch.device, config: JacobiConfig, processing: Proce
     )
 
 
-def capture(step: Callable[[], None], count: int) -> Callable[[], None]:
-    """Records ``count`` steps as one CUDA graph without running them; returns what launches it."""
+def capture(step: Callable[[], None], count: int, running: torch.Tensor) -> Callable[[], None]:
+    """Records ``count`` steps as one CUDA graph without running them; returns what launches it.
+
+    Where torch can (2.12 and later), each step but the first is a conditional node: it is left out once ``running``, an
+    integer on the device, is 0.
+    """
     # Graphs that never run at the same time can share the memory that they need inside.
     key = (torch.cuda.current_device(), threading.get_ident())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=_pools.get(key)):
-        for _ in range(count):
-            step()
+        for turn in range(count):
+            with _where(running > 0, graph) if turn and _HAS_CONDITIONS else contextlib.nullcontext():
+                step()
     _pools.setdefault(key, graph.pool())
     return graph.replay
+
+
+_HAS_CONDITIONS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+
+
+@contextlib.contextmanager
+def _where(condition: torch.Tensor, graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    graph.begin_capture_to_if_node(condition)
+    try:
+        yield
+    finally:
+        graph.end_capture_to_conditional_node()
 
 
 _pools: dict[tuple[int, int], tuple[int, int]] = {}
@@ -183,7 +201,7 @@ def run_chunks(
         expected = float((state.limits - state.produced).max()) / max(rate, 1.0)
         session.chunk = max(1, min(_LONGEST_CHUNK, int(expected / _CHUNKS)))
         try:
-            session.replay = capture(step, session.chunk)
+            session.replay = capture(step, session.chunk, state.status[0])
         except RuntimeError as error:
             session.capturable = False
             warnings.warn(

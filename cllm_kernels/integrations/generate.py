@@ -37,6 +37,7 @@ from ..decoding import (
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask
+from .optimize import optimize as optimized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -99,6 +100,7 @@ def jacobi_generate(
     cuda_graph: bool | None = JacobiConfig.cuda_graph,
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
+    optimize: bool = JacobiConfig.optimize,
     generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
@@ -133,7 +135,7 @@ def jacobi_generate(
         NotImplementedError: the model or an option of generate is not supported.
         Whatever is raised, the model is left as it was.
     """
-    config = JacobiConfig(block_size, mode, draft, adaptive, seed, cuda_graph, backend, record_trajectory)
+    config = JacobiConfig(block_size, mode, draft, adaptive, seed, cuda_graph, backend, record_trajectory, optimize)
     attention = _check_model(model)
     _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
@@ -173,6 +175,8 @@ def jacobi_generate(
         stack.enter_context(_evaluation_mode(model))
         if attention == "block":
             stack.enter_context(block_attention_enabled(model, chosen))
+        if config.optimize and compiled is None:
+            stack.enter_context(optimized(model, chosen))
         stack.enter_context(torch.inference_mode())
         session = _session(
             model,
@@ -317,16 +321,21 @@ class _Generate:
         return self.generator.generate(inputs, **dict(zip(names, args, strict=False)), **kwargs)
 
 
-def enable_jacobi(model: PreTrainedModel, config: JacobiConfig | None = None) -> PreTrainedModel:
+def enable_jacobi(
+    model: PreTrainedModel, config: JacobiConfig | None = None, optimize: bool | None = None
+) -> PreTrainedModel:
     """Lets ``model.generate`` take ``decoding="jacobi"`` and the options of :class:`JacobiConfig`.
 
     ``decoding="ar"`` or none is the untouched generate. Only this instance changes; :func:`disable_jacobi`
-    undoes it. ``model.generate.generator.statistics`` holds the statistics of the last Jacobi call.
+    undoes it. ``model.generate.generator.statistics`` holds the statistics of the last Jacobi call. ``optimize``
+    overrides the option of that name in ``config``.
 
     Returns:
         The same model.
     """
-    _uncompiled(model).generate = _Generate(model, config or JacobiConfig())
+    config = config or JacobiConfig()
+    config = config if optimize is None else dataclasses.replace(config, optimize=optimize)
+    _uncompiled(model).generate = _Generate(model, config)
     return model
 
 

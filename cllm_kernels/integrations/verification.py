@@ -31,8 +31,8 @@ from .generate import (
 
 # Options of a run that say nothing about which tokens are right.
 _IGNORED = (
-    "adaptive", "cuda_graph", "decoding", "draft", "mode", "on_commit", "output_logits", "output_scores", "record_trajectory",
-    "return_dict_in_generate", "stop_strings", "stopping_criteria", "streamer", "tokenizer",
+    "adaptive", "cuda_graph", "decoding", "draft", "mode", "on_commit", "output_logits", "output_scores",
+    "record_trajectory", "return_dict_in_generate", "stop_strings", "stopping_criteria", "streamer", "tokenizer",
 )  # fmt: skip
 # Positions whose noise is in memory at once, for a vocabulary of 150,000 about 5 MB each.
 _CHUNK = 16
@@ -147,7 +147,8 @@ def verify(
     sequences = getattr(output, "sequences", output)
     for name, value in (("input_ids", input_ids), ("output", sequences)):
         if not isinstance(value, torch.Tensor) or value.dim() != 2 or value.dtype != torch.int64:
-            what = f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            tensor = isinstance(value, torch.Tensor)
+            what = f"{value.dtype} of shape {tuple(value.shape)}" if tensor else type(value).__name__
             raise ValueError(f"{name} is {what}; it must be an int64 tensor [batch, length]")
     if kwargs.pop("generator", None) is not None:
         raise ValueError("the seed that a generator drew is not known; decode with seed= to verify a sampled output")

@@ -44,6 +44,40 @@ void append_kv(uintptr_t key_cache, int64_t kc0, int64_t kc1, int64_t kc2, uintp
                  threads);
 }
 
+void linear(uintptr_t x, int64_t x_bytes, uintptr_t weight, int64_t weight_stride, uintptr_t bias, uintptr_t out,
+            int64_t rows, int64_t inputs, int64_t outputs, int dtype, int threads) {
+  cpu::linear({pointer<const void>(x), pointer<const void>(weight), pointer<const void>(bias), pointer<void>(out),
+               x_bytes, weight_stride, outputs, rows, inputs, outputs, static_cast<DType>(dtype)},
+              threads);
+}
+
+// Weight, bias, stride and number of outputs.
+using Layer = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
+
+LinearWeights weights(const Layer& layer) {
+  const auto [weight, bias, stride, outputs] = layer;
+  return {pointer<const void>(weight), pointer<const void>(bias), stride, outputs};
+}
+
+void qkv(uintptr_t x, uintptr_t norm, float eps, const Layer& query, const Layer& key, const Layer& value,
+         uintptr_t query_norm, uintptr_t key_norm, float head_eps, uintptr_t cos, uintptr_t sin, uintptr_t query_out,
+         uintptr_t key_out, uintptr_t value_out, int64_t rows, int64_t hidden, int64_t dim, int dtype, int threads) {
+  cpu::qkv({pointer<const void>(x), pointer<const void>(norm), eps, weights(query), weights(key), weights(value),
+            pointer<const void>(query_norm), pointer<const void>(key_norm), head_eps, pointer<const void>(cos),
+            pointer<const void>(sin), pointer<void>(query_out), pointer<void>(key_out), pointer<void>(value_out), rows,
+            hidden, dim, static_cast<DType>(dtype)},
+           threads);
+}
+
+void mlp(uintptr_t x, uintptr_t attended, const Layer& output, uintptr_t norm, float eps, const Layer& gate,
+         const Layer& up, const Layer& down, uintptr_t out, int64_t rows, int64_t hidden, int64_t inputs, int dtype,
+         int threads) {
+  cpu::mlp({pointer<const void>(x), pointer<const void>(attended), weights(output), pointer<const void>(norm), eps,
+            weights(gate), weights(up), weights(down), pointer<void>(out), rows, hidden, inputs,
+            static_cast<DType>(dtype)},
+           threads);
+}
+
 void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype, const StateFields& fields,
               int64_t rows, int64_t width, int64_t vocabulary, int64_t capacity, int64_t context_width,
               int64_t eos_count, int mode, int refill, float inverse_temperature, int threads) {
@@ -86,6 +120,9 @@ PYBIND11_MODULE(_C, module) {
   using unlocked = py::call_guard<py::gil_scoped_release>;
   module.def("block_attention", &block_attention, unlocked());
   module.def("append_kv", &append_kv, unlocked());
+  module.def("linear", &linear, unlocked());
+  module.def("qkv", &qkv, unlocked());
+  module.def("mlp", &mlp, unlocked());
   module.def("converge", &converge, unlocked());
   module.def("state_fields", &state_fields, "Fields of JacobiState that were compiled in: (name, dtype, shape).");
   module.def("build_info", &build_info, "How this module was built.");

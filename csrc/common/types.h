@@ -53,6 +53,50 @@ struct AppendParams {
   DType dtype, angle_dtype;  // angle_dtype: dtype or f32
 };
 
+// y = x W^T + b for a few rows of x.
+struct LinearParams {
+  const void* x;       // [rows, inputs], contiguous in the inputs
+  const void* weight;  // [outputs, inputs], contiguous in the inputs
+  const void* bias;    // [outputs] or null
+  void* out;           // [rows, outputs], contiguous in the outputs
+  int64_t x_bytes;  // from one row of x to the next, in bytes, since kernels may read it in another type
+  int64_t weight_stride, out_stride, rows, inputs, outputs;
+  DType dtype;
+};
+
+struct LinearWeights {
+  const void* weight;  // [outputs, inputs], contiguous in the inputs
+  const void* bias;    // [outputs] or null
+  int64_t stride, outputs;
+};
+
+// RMSNorm, projections to queries, keys and values, RMSNorm of each head, rotary embedding.
+struct QkvParams {
+  const void* x;  // [rows, hidden]; this and what follows is contiguous
+  const void* norm;
+  float eps;
+  LinearWeights query, key, value;
+  const void *query_norm, *key_norm;  // [dim] or null
+  float head_eps;
+  const void *cos, *sin;  // [rows, dim]
+  void *query_out, *key_out, *value_out;
+  int64_t rows, hidden, dim;
+  DType dtype;
+};
+
+// Output projection of the attention, RMSNorm and a gated MLP, with their residuals.
+struct MlpParams {
+  const void* x;         // [rows, hidden]; this and what follows is contiguous
+  const void* attended;  // [rows, inputs]
+  LinearWeights output;
+  const void* norm;
+  float eps;
+  LinearWeights gate, up, down;
+  void* out;  // [rows, hidden]
+  int64_t rows, hidden, inputs;
+  DType dtype;
+};
+
 // One pointer per entry of cllm_kernels/ops/state_fields.py, from which the build generates the list.
 struct JacobiState {
 #define CLLM_STATE_FIELD(type, name, dtype, shape) type* name;

@@ -1,13 +1,13 @@
 // Cuts block_attention into tasks and runs them.
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <new>
 #include <vector>
 
 #include "check.h"
 #include "kernels.h"
 #include "ops.h"
+#include "scratch.h"
 
 namespace cllm::cpu {
 namespace {
@@ -21,30 +21,6 @@ constexpr int64_t split_width = 64;
 constexpr int64_t split_keys = 512;
 // One core does this many multiply-adds in some fifty microseconds, ten times what starting threads costs.
 constexpr int64_t parallel_work = 1'000'000;
-
-// Memory that a thread keeps from call to call; fresh pages would cost more than the work on them.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { std::free(data_); }
-
-  float* reserve(size_t floats) {
-    if (floats > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64));
-      if (!data_) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return data_;
-  }
-
- private:
-  float* data_ = nullptr;
-  size_t size_ = 0;
-};
 
 thread_local Scratch task_scratch;
 thread_local Scratch partial_scratch;

@@ -23,6 +23,8 @@ const std::vector<Isa>& isas() {
     list.push_back({"avx512", &kernels_avx512,
                     list.back().supported && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
+    list.push_back({"avx512bf16", &kernels_avx512bf16,
+                    list.back().supported && __builtin_cpu_supports("avx512bf16")});
 #endif
     return list;
   }();

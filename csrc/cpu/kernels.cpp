@@ -3,7 +3,9 @@
 
 #include "argmax.h"
 #include "attention_tile.h"
+#include "linear_tile.h"
 #include "rotary.h"
+#include "row_ops.h"
 #include "sample.h"
 
 #define CLLM_JOIN_(a, b) a##b
@@ -33,6 +35,46 @@ void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t spl
     case DType::bf16: return merge<bf16_t>(p, first, splits);
     case DType::f16: return merge<f16_t>(p, first, splits);
   }
+}
+
+size_t linear_row_size_any(const LinearParams& p) {
+  return p.dtype == DType::f32 ? linear_row_size<float>(p) : linear_row_size<bf16_t>(p);
+}
+
+void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
+  return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : linear_inputs<bf16_t>(p, row, to);
+}
+
+void linear_any(const LinearParams& p, int64_t begin, int64_t end) {
+  return p.dtype == DType::f32 ? linear<float>(p, begin, end) : linear<bf16_t>(p, begin, end);
+}
+
+// Calls `body` with a null pointer of the type that `dtype` names, float32 or bfloat16.
+template <class Body>
+void with_type(DType dtype, const Body& body) {
+  if (dtype == DType::f32) return body(static_cast<float*>(nullptr));
+  body(static_cast<bf16_t*>(nullptr));
+}
+
+void rms_norm_any(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    rms_norm(static_cast<const T*>(x), static_cast<const T*>(weight), eps, count, static_cast<T*>(out));
+  });
+}
+
+void silu_multiply_any(void* gate, const void* up, int64_t count, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    silu_multiply(static_cast<T*>(gate), static_cast<const T*>(up), count);
+  });
+}
+
+void add_any(const void* a, const void* b, int64_t count, void* out, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    add_rows(static_cast<const T*>(a), static_cast<const T*>(b), count, static_cast<T*>(out));
+  });
 }
 
 Best argmax_any(const void* values, int64_t count, DType dtype) {
@@ -67,7 +109,9 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 
 }  // namespace
 
-const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {scratch_size, partial_size, attend_any, merge_any,
-                                               argmax_any,   sample_any,   rotate_any};
+const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
+    scratch_size, partial_size,      attend_any, merge_any,  linear_row_size_any, linear_inputs_any, linear_any,
+    rms_norm_any, silu_multiply_any, add_any,    argmax_any, sample_any,          rotate_any,
+};
 
 }  // namespace cllm::cpu

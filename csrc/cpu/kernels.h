@@ -39,12 +39,22 @@ struct Kernels {
   void (*attend)(const AttentionParams&, const AttentionTask&, float* scratch);
   // Joins the partial results of `splits` tasks that differ in their keys only and stand one behind the other.
   void (*merge)(const AttentionParams&, const AttentionTask& first, int64_t splits);
+  // Bytes of a row of x as `linear` reads it; 0: it reads x where it lies. Else `linear_inputs` writes it.
+  size_t (*linear_row_size)(const LinearParams&);
+  void (*linear_inputs)(const LinearParams&, int64_t row, void* to);
+  // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote.
+  void (*linear)(const LinearParams&, int64_t begin, int64_t end);
+  // Of one row of fp32 or bf16; see row_ops.h.
+  void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);
+  void (*silu_multiply)(void* gate, const void* up, int64_t count, DType dtype);
+  void (*add)(const void* a, const void* b, int64_t count, void* out, DType dtype);
   // The largest of `count` values and its lowest index.
   Best (*argmax)(const void* values, int64_t count, DType dtype);
   // The same of values / temperature + noise; the values are entries [first, first + count) of the vocabulary, `first`
   // a multiple of 64.
   Best (*sample)(const void* values, int64_t first, int64_t count, DType dtype, const Noise& noise);
-  // Rotates the first `rotary` values of a key, which have type `dtype`, by angles of type `dtype` or float.
+  // Rotates the first `rotary` values of a key, which have type `dtype`, by angles of type `dtype` or float; `to` may be
+  // `key`.
   void (*rotate)(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, DType dtype,
                  DType angle_dtype);
 };
@@ -52,6 +62,7 @@ struct Kernels {
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 
 // Instruction sets that were compiled, worst first, and those among them that this CPU has.
 std::vector<std::string> compiled_isas();

@@ -11,5 +11,8 @@ void append_kv(const AppendParams& params, int threads);
 // inverse_temperature 0: greedy.
 void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
               int threads);
+void linear(const LinearParams& params, int threads);
+void qkv(const QkvParams& params, int threads);
+void mlp(const MlpParams& params, int threads);
 
 }  // namespace cllm::cpu

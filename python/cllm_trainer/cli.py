@@ -1,8 +1,11 @@
-"""The ``cllm-train`` command: collect, train, evaluate, and the recipe of the bundled models."""
+"""The ``cllm-train`` command: collect, train, rounds, evaluate, and the recipe of the bundled models."""
 
-from __future__ import annotations
-
+import dataclasses
+import functools
+import inspect
 import json
+import tempfile
+import typing
 from pathlib import Path
 from typing import Annotated
 
@@ -10,97 +13,245 @@ import torch
 import typer
 
 from cllm_kernels import JacobiConfig
-from cllm_kernels.comparison import compare_models, load_model
+from cllm_kernels.comparison import load_model
 from cllm_kernels.spider import prompt_for, read_questions
 
 from . import spider as _spider
+from .baselines import distil_draft, train_medusa
 from .collect import collect as _collect
-from .collect import prompts_of, tqdm_of
-from .packing import read_rows
-from .train import TrainConfig
+from .collect import prompts_of
+from .evaluate import evaluate as _evaluate
+from .evaluate import tables, write_report
+from .rounds import rounds as _rounds
+from .rows import read_rows, to_cllm
+from .settings import TrainConfig, describe, read_settings
+from .tasks import TASKS, load_task
 from .train import train as _train
 
 app = typer.Typer(help="Trains Consistency LLMs.", no_args_is_help=True, add_completion=False)
-_DEFAULT = TrainConfig()
+
+SETTINGS = typer.Option(help="YAML file of settings (cllm-train settings prints one); options go over it.")
+
+
+def _settings_as_options(function):
+    """Gives a command one option for each setting of TrainConfig; it gets those that were passed as ``changes``."""
+    own = inspect.signature(function)
+    hints = typing.get_type_hints(TrainConfig)
+    fields = dataclasses.fields(TrainConfig)
+    parameters = [parameter for name, parameter in own.parameters.items() if name != "changes"]
+    for field in fields:
+        allowed = field.metadata["allowed"]
+        choices = f" ({', '.join(allowed)})" if allowed and isinstance(allowed[0], str) else ""
+        text = f"{field.metadata['meaning']}{choices}; default {field.default}: {field.metadata['source']}"
+        kind = next(kind for kind in (*typing.get_args(hints[field.name]), hints[field.name]) if isinstance(kind, type))
+        annotation = Annotated[kind | None, typer.Option(help=text, show_default=False)]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+        )
+
+    @functools.wraps(function)
+    def command(**options):
+        changes = {field.name: options.pop(field.name) for field in fields}
+        function(**options, changes={name: value for name, value in changes.items() if value is not None})
+
+    command.__signature__ = own.replace(parameters=parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del command.__wrapped__
+    return command
+
+
+def _read_prompts(path: Path, tokenizer) -> tuple[list[list[int]], list[list[int]] | None]:
+    """Token ids of the prompts of a file, and of the ground truths, where every line has one under ``truth``."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        first = json.loads(lines[0])
+    except (IndexError, json.JSONDecodeError) as error:
+        raise typer.BadParameter(f"{path}: the first line is no JSON object ({error})") from None
+    if "prompt" not in first:
+        return prompts_of(tokenizer, [prompt_for(row) for row in read_questions(path)]), None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append((row["prompt"], row.get("truth")))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise typer.BadParameter(
+                f'{path}:{number}: no {{"prompt": text}} ({type(error).__name__}: {error})'
+            ) from None
+    truths = None
+    if all(truth is not None for _, truth in rows):
+        encoded = tokenizer([truth for _, truth in rows], add_special_tokens=False)["input_ids"]
+        truths = [ids + [tokenizer.eos_token_id] for ids in encoded]
+    return prompts_of(tokenizer, [prompt for prompt, _ in rows]), truths
 
 
 @app.command()
 def collect(
     model: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
-    prompts: Annotated[Path, typer.Option(help='JSONL with {"prompt": text}, or questions in the Spider format.')],
-    output: Annotated[Path, typer.Option(help="Training rows go here, as JSONL.")],
+    prompts: Annotated[
+        Path, typer.Option(help='JSONL with {"prompt": text}, and "truth" if known, or Spider questions.')
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Training rows go here, as JSONL. The same call goes on after an interruption.")
+    ],
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     mode: Annotated[str, typer.Option(help="window or block.")] = "window",
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    augment: Annotated[bool, typer.Option(help="Adds states with half of the later wrong drafts set right.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Samples; greedy without.")] = None,
+    top_k: Annotated[int, typer.Option(min=0, help="Of sampling; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Of sampling.")] = 1.0,
+    cllm_json: Annotated[Path | None, typer.Option(help="Also writes the original CLLM format here.")] = None,
     seed: int = 0,
 ) -> None:
     """Records the Jacobi trajectories of prompts."""
     loaded, tokenizer = load_model(model)
-    with open(prompts, encoding="utf-8") as file:
-        first = json.loads(file.readline())
-    if "prompt" in first:
-        texts = [json.loads(line)["prompt"] for line in prompts.read_text().splitlines()]
-    else:
-        texts = [prompt_for(row) for row in read_questions(prompts)]
+    ids, truths = _read_prompts(prompts, tokenizer)
     config = JacobiConfig(block_size=block_size, mode=mode, seed=seed)
-    summary = _collect(loaded, tokenizer, prompts_of(tokenizer, texts), output, config, batch_size, max_new_tokens)
+    sampling = None if temperature is None else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    summary = _collect(loaded, tokenizer, ids, output, config, batch_size, max_new_tokens, augment, sampling, truths)
+    if cllm_json is not None:
+        summary["cllm_entries"] = to_cllm(read_rows(output), cllm_json, tokenizer.pad_token_id or 0)
     typer.echo(json.dumps(summary))
 
 
 @app.command()
+@_settings_as_options
 def train(
+    *,
     model: Annotated[Path, typer.Option(help="Checkpoint to start from.")],
-    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
+    data: Annotated[
+        Path, typer.Option(help="Rows that collect wrote, or a file in the CLLM or Jacobi Forcing format.")
+    ],
     output: Annotated[Path, typer.Option(help="The checkpoint goes here.")],
-    epochs: float = _DEFAULT.epochs,
-    batch_size: Annotated[int, typer.Option(min=1)] = _DEFAULT.batch_size,
-    learning_rate: float = _DEFAULT.learning_rate,
-    noisy_blocks: Annotated[int, typer.Option(min=0)] = _DEFAULT.noisy_blocks,
-    augment: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.augment,
-    on_policy: bool = _DEFAULT.on_policy,
-    consistency_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.consistency_weight,
-    distance_decay: Annotated[float, typer.Option(min=0, max=1)] = _DEFAULT.distance_decay,
-    ar_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.ar_weight,
     target: Annotated[Path | None, typer.Option(help="Checkpoint that --target-weight holds the model to.")] = None,
-    target_weight: Annotated[float, typer.Option(min=0)] = _DEFAULT.target_weight,
-    seed: int = _DEFAULT.seed,
+    settings: Annotated[Path | None, SETTINGS] = None,
+    skip_broken: Annotated[bool, typer.Option(help="Leaves broken lines out instead of stopping.")] = False,
+    resume: Annotated[bool, typer.Option(help="Goes on from the newest checkpoint (--save-steps).")] = False,
+    changes: dict,
 ) -> None:
-    """Fine-tunes with the consistency and autoregressive losses."""
-    if (target_weight > 0) != (target is not None):
+    """Fine-tunes with the consistency and autoregressive losses. Runs under accelerate launch and torchrun too."""
+    config = read_settings(settings, changes)
+    if (config.target_weight > 0) != (target is not None):
         raise typer.BadParameter("--target and --target-weight above 0 go together")
     loaded, tokenizer = load_model(model)
-    config = TrainConfig(
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        noisy_blocks=noisy_blocks,
-        augment=augment,
-        on_policy=on_policy,
-        consistency_weight=consistency_weight,
-        distance_decay=distance_decay,
-        ar_weight=ar_weight,
-        target_weight=target_weight,
-        seed=seed,
-    )
     notes = {"data": str(data), "start": str(model), "target": target and str(target)}
-    _train(loaded, tokenizer, read_rows(data), output, config, notes, target=target and load_model(target)[0])
+    rows = read_rows(data, tokenizer, skip_broken)
+    _train(loaded, tokenizer, rows, output, config, notes, target=target and load_model(target)[0], resume=resume)
+
+
+@app.command()
+@_settings_as_options
+def rounds(
+    *,
+    model: Annotated[Path, typer.Option(help="Checkpoint to start from, the target of all rounds.")],
+    prompts: Annotated[Path, typer.Option(help="As collect takes them.")],
+    output: Annotated[Path, typer.Option(help="round-1, round-2, ... go here, each with its rows and its model.")],
+    count: Annotated[int, typer.Option(min=1, help="Rounds.")] = 2,
+    n: Annotated[int, typer.Option(min=2, help="Block size that trajectories are collected with.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    settings: Annotated[Path | None, SETTINGS] = None,
+    changes: dict,
+) -> None:
+    """Collects with the current student, trains it, and again. The same call goes on after an interruption."""
+    config = read_settings(settings, changes)
+    ids, truths = _read_prompts(prompts, load_model(model)[1])
+    typer.echo(
+        json.dumps(_rounds(model, ids, output, count, JacobiConfig(block_size=n), config, max_new_tokens, truths))
+    )
 
 
 @app.command()
 def evaluate(
     target: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
     cllm: Annotated[Path, typer.Option(help="Checkpoint of the CLLM.")],
-    questions: Annotated[Path, typer.Option(help="JSONL with db_id, question, query.")],
-    output: Annotated[Path, typer.Option(help="The rows go here, as JSON.")],
+    questions: Annotated[Path, typer.Option(help="JSONL of the task, such as Spider's dev.jsonl.")],
+    output: Annotated[Path, typer.Option(help="The rows go here, as JSON, and the tables beside it, as Markdown.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "spider",
+    schemas: Annotated[Path | None, typer.Option(help="Spider's tables.json, to execute the queries too.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Takes the first rows only.")] = None,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     rounds: Annotated[int, typer.Option(min=1)] = 1,
+    lookup: Annotated[bool, typer.Option(help="Adds transformers' prompt lookup.")] = False,
+    draft: Annotated[
+        Path | None, typer.Option(help="Adds speculative decoding with this draft (cllm-train draft).")
+    ] = None,
+    medusa: Annotated[Path | None, typer.Option(help="Adds these heads (cllm-train medusa).")] = None,
+    plots: Annotated[bool, typer.Option(help="Draws the training, and a trajectory of the CLLM.")] = False,
 ) -> None:
-    """Compares a target and its CLLM: exact match, tokens per forward, speed over AR."""
-    models = {"target": target, "cllm": cllm}
-    rows = compare_models(models, read_questions(questions), block_size, max_new_tokens, rounds, tqdm_of)
-    output.write_text(json.dumps(rows, indent=1) + "\n")
+    """Compares a target and its CLLM on a task: quality, tokens per forward, speed, against AR and baselines."""
+    loaded = load_task(task, questions, limit, schemas)
+    rows = _evaluate(
+        {"target": target, "cllm": cllm}, loaded, block_size, max_new_tokens, rounds, lookup, draft, medusa
+    )  # fmt: skip
+    write_report(rows, loaded, output)
+    if plots:
+        _plot(cllm, loaded.prompts()[0], output, block_size, max_new_tokens)
+    typer.echo(tables(rows, loaded))
+
+
+def _plot(cllm: Path, prompt: str, output: Path, block_size: int, max_new_tokens: int) -> None:
+    from .plots import plot_training, plot_trajectory
+
+    record = cllm / "training_record.json"
+    if record.exists():
+        plot_training(json.loads(record.read_text()), output.with_name(f"{output.stem}_training.png"))
+    model, tokenizer = load_model(cllm)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "row.jsonl"
+        _collect(
+            model,
+            tokenizer,
+            prompts_of(tokenizer, [prompt]),
+            path,
+            JacobiConfig(block_size=block_size),
+            1,
+            max_new_tokens,
+        )
+        plot_trajectory(read_rows(path)[0], output.with_name(f"{output.stem}_trajectory.png"))
+
+
+@app.command()
+def draft(
+    target: Annotated[Path, typer.Option(help="Checkpoint to distil.")],
+    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
+    output: Annotated[Path, typer.Option(help="The draft model goes here.")],
+    layers: Annotated[int, typer.Option(min=1)] = 1,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Distils a draft model for the speculative baseline: reverse KL on its own samples."""
+    model, tokenizer = load_model(target)
+    record = distil_draft(
+        model, tokenizer, read_rows(data, tokenizer), output, layers, steps, learning_rate=learning_rate, seed=seed
+    )
+    typer.echo(json.dumps({"parameters": record["parameters"], "divergence": record["history"][-1]}))
+
+
+@app.command()
+def medusa(
+    target: Annotated[Path, typer.Option(help="Checkpoint that the heads are for; it stays as it is.")],
+    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
+    output: Annotated[Path, typer.Option(help="The heads go here, as safetensors.")],
+    heads: Annotated[int, typer.Option(min=1)] = 4,
+    steps: Annotated[int, typer.Option(min=1)] = 300,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
+    seed: int = 0,
+) -> None:
+    """Trains Medusa-style heads for the baseline."""
+    model, tokenizer = load_model(target)
+    rows = read_rows(data, tokenizer)
+    losses = train_medusa(model, tokenizer, rows, output, heads, steps, learning_rate=learning_rate, seed=seed)
+    typer.echo(json.dumps({"heads": heads, "loss": losses[-1]}))
+
+
+@app.command()
+def settings() -> None:
+    """Prints all settings of train with their defaults and where these are from, as YAML."""
+    typer.echo(describe(), nl=False)
 
 
 @app.command()

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
+import random
 from pathlib import Path
 
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels.spider import is_degenerate
+
+from .rows import correct_later, fingerprint
+
+REPEATS = (
+    10  # the run that the paper's code takes for a repetition (github.com/hao-ai-lab/Consistency_LLM, cllm/utils.py)
+)
 
 
 def collect(
@@ -20,63 +30,164 @@ def collect(
     config: JacobiConfig,
     batch_size: int = 64,
     max_new_tokens: int = 256,
+    augment: bool = False,
+    sampling: dict | None = None,
+    truths: list[list[int]] | None = None,
 ) -> dict:
-    """Decodes every prompt greedily and writes one training row each (see :mod:`cllm_trainer.packing`).
+    """Decodes every prompt and writes one training row each (see :mod:`cllm_trainer.rows`).
 
-    Rows come in order of prompt length, since prompts of a length share a batch. ``output`` appears when all
-    of them are written.
+    Rows come in order of prompt length, since prompts of a length share a batch. ``output`` appears when all of
+    them are written; until then they are in ``output`` with ``.part`` behind it, where the same call goes on after an
+    interruption at any moment. Each row depends on its prompt and number alone, so the file is the same as without
+    the interruption. Outputs that run into repetition are marked ``degenerate``, counted, and kept: whoever trains
+    leaves them out (:func:`without_degenerate`).
 
     Args:
         prompts: token ids.
-        config: block size, mode and draft source that the trajectories come from.
+        config: block size, mode, draft source and seed that the trajectories come from.
+        augment: adds to each state a copy of which half of the later wrong drafts are set right
+            (:func:`cllm_trainer.rows.correct_later`; Kou et al. 2024, section 3.2.1).
+        sampling: ``temperature``, ``top_k`` and what else ``generate`` takes, to sample; greedy without.
+        truths: token ids of a ground truth for each prompt, for ``truth_ids``.
 
     Returns:
-        ``prompts``, ``tokens``, ``tokens_per_forward``, ``unfinished`` (outputs cut at ``max_new_tokens``).
+        ``prompts``, ``tokens``, ``tokens_per_forward``, ``unfinished`` (outputs cut at ``max_new_tokens``),
+        ``degenerate``.
+
+    Raises:
+        ValueError: no prompts, an empty one, or the ``.part`` was left by a run with other settings.
+        OSError: it could not be written, such as on a full disk; what was written whole stays.
     """
     if not prompts or not all(prompts):
         raise ValueError("no prompts, or an empty one")
+    if truths is not None and len(truths) != len(prompts):
+        raise ValueError(f"there are {len(truths)} truths for {len(prompts)} prompts")
+    if len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not belong "
+            "together"
+        )
     generator = JacobiGenerator(model, config)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    tokens = iterations = unfinished = 0
+    common = {"block_size": config.block_size, "mode": config.mode, "tokenizer": fingerprint(tokenizer)}
+    common["run"] = _run_id(model, prompts, config, max_new_tokens, augment, sampling, truths, common["tokenizer"])
     temporary = Path(f"{output}.part")
-    bar = tqdm(total=len(prompts), unit="prompt", desc="collect")
-    with bar, temporary.open("w", encoding="utf-8") as file:
-        for first in range(0, len(order), batch_size):
-            batch = [prompts[index] for index in order[first : first + batch_size]]
+    counts = _resume(temporary, common["run"], order)
+    options = {"do_sample": True, **sampling} if sampling else {"do_sample": False}
+    seed = config.seed if isinstance(config.seed, int) else 0
+    bar = tqdm(total=len(prompts), initial=counts["prompts"], unit="prompt", desc="collect")
+    with bar, temporary.open("ab", buffering=0) as file:
+        for first in range(counts["prompts"], len(order), batch_size):
+            numbers = order[first : first + batch_size]
+            batch = [prompts[index] for index in numbers]
             inputs = tokenizer.pad({"input_ids": batch}, padding_side="left", return_tensors="pt").to(model.device)
             sequences = generator.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
-                do_sample=False,
                 max_new_tokens=max_new_tokens,
                 record_trajectory=True,
+                seed=[_row_seed(seed, number) for number in numbers],  # its own, so that batches do not matter
+                **options,
             )
             width = inputs["input_ids"].shape[1]
-            run = generator.statistics
-            for prompt, sequence, row, states in zip(
-                batch, sequences.tolist(), run.rows, generator.trajectory, strict=True
+            lines = []
+            for number, prompt, sequence, row, states in zip(
+                numbers, batch, sequences.tolist(), generator.statistics.rows, generator.trajectory, strict=True
             ):
+                tokens = sequence[width : width + row.tokens]
+                if augment:
+                    rng = random.Random(_row_seed(seed, number))
+                    states = [part for s in states for part in (s, correct_later(*s, tokens, 0.5, rng))]
                 line = {
+                    "id": number,
                     "prompt_ids": prompt,
-                    "output_ids": sequence[width : width + row.tokens],
+                    "output_ids": tokens,
                     "states": states,
-                    "block_size": config.block_size,
-                    "mode": config.mode,
                     "finished": row.stopped_by == "eos",
+                    "degenerate": is_degenerate(tokens, repeats=REPEATS),
+                    "iterations": row.iterations,
+                    **common,
                 }
-                file.write(json.dumps(line) + "\n")
-                unfinished += row.stopped_by != "eos"
-            tokens += run.tokens
-            iterations += run.iterations
+                if truths is not None:
+                    line["truth_ids"] = truths[number]
+                lines.append(line)
+                _count(counts, line)
+            _append(file, temporary, lines, counts["prompts"] - len(lines))
             bar.update(len(batch))
-            bar.set_postfix_str(f"{tokens / iterations:.2f} tokens/forward")
+            bar.set_postfix_str(f"{counts['tokens'] / counts['iterations']:.2f} tokens/forward")
     os.replace(temporary, output)
-    return {
-        "prompts": len(prompts),
-        "tokens": tokens,
-        "tokens_per_forward": tokens / iterations,
-        "unfinished": unfinished,
-    }
+    iterations = counts.pop("iterations")
+    return {**counts, "tokens_per_forward": counts["tokens"] / iterations}
+
+
+def _row_seed(seed: int, number: int) -> int:
+    return (seed + 0x9E3779B1 * number) % 2**32  # the golden ratio: neighbours get far-off seeds
+
+
+def _run_id(
+    model: PreTrainedModel, prompts: list, config: JacobiConfig, max_new_tokens: int, augment: bool,
+    sampling: dict | None, truths: list | None, tokenizer: str,
+) -> str:  # fmt: skip
+    """16 hex digits of everything that the rows depend on; of the weights a checksum stands in."""
+    weights = [float(parameter.detach().double().abs().sum()) for parameter in model.parameters()]
+    settings = dataclasses.asdict(dataclasses.replace(config, backend="auto"))
+    text = json.dumps([weights, prompts, settings, max_new_tokens, augment, sampling, truths, tokenizer])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _count(counts: dict, row: dict) -> None:
+    counts["prompts"] += 1
+    counts["tokens"] += len(row["output_ids"])
+    counts["iterations"] += row["iterations"]
+    counts["unfinished"] += not row["finished"]
+    counts["degenerate"] += row["degenerate"]
+
+
+def _resume(temporary: Path, run: str, order: list[int]) -> dict:
+    """What an interrupted run left, counted; the line it was cut in is taken away."""
+    counts = dict.fromkeys(("prompts", "tokens", "iterations", "unfinished", "degenerate"), 0)
+    if not temporary.exists():
+        return counts
+    whole = 0
+    with temporary.open("rb") as file:
+        for line in file:
+            if not line.endswith(b"\n"):
+                break
+            row = json.loads(line)
+            number = counts["prompts"]
+            if row.get("run") != run or number >= len(order) or row.get("id") != order[number]:
+                raise ValueError(
+                    f"{temporary} was left by a run with another model, other prompts or settings; "
+                    "finish that run or remove the file"
+                )
+            _count(counts, row)
+            whole += len(line)
+    os.truncate(temporary, whole)
+    return counts
+
+
+def _append(file, temporary: Path, lines: list[dict], before: int) -> None:
+    """All lines or none, on the disk when this returns."""
+    whole = file.tell()
+    try:
+        data = memoryview("".join(json.dumps(line) + "\n" for line in lines).encode())
+        while data:
+            data = data[file.write(data) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        os.truncate(temporary, whole)
+        raise OSError(
+            error.errno,
+            f"{error.strerror}; {temporary} keeps the first {before} rows, and the same call goes on from there",
+        ) from None
+
+
+def without_degenerate(rows: list[dict]) -> tuple[list[dict], int]:
+    """The rows that do not run into repetition, and how many do."""
+    kept = [row for row in rows if not row.get("degenerate")]
+    if not kept:
+        raise ValueError(f"all {len(rows)} rows run into repetition")
+    return kept, len(rows) - len(kept)
 
 
 def prompts_of(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

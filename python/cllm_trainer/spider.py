@@ -19,8 +19,10 @@ from cllm_kernels.comparison import compare_models, load_model
 from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, read_questions
 
 from .collect import collect, prompts_of, tqdm_of
-from .packing import initial_states, read_rows
-from .train import TrainConfig, train
+from .packing import initial_states
+from .rows import read_rows
+from .settings import TrainConfig
+from .train import train
 
 HELD_OUT = 0.05
 VOCABULARY = 1024
@@ -36,7 +38,7 @@ TARGET_CONFIG = TrainConfig(
 )
 CLLM_CONFIG = TrainConfig(
     epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
-    on_policy=True, distance_decay=0.8,
+    on_policy=True, distance_decay=0.8, drop_degenerate=False,
 )  # fmt: skip
 FINISH_CONFIG = dataclasses.replace(CLLM_CONFIG, epochs=4.5, learning_rate=5e-4, target_weight=1.0)
 

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from cllm_kernels.cli.app import app
 
 MODELS = Path(__file__).parents[2] / "models"
+QUESTION = "wine_1 : How many wines are there?\n"
 KEYS = {
     "method", "model", "block_size", "prompts", "tokens_per_forward", "tokens_per_second", "speedup", "equal",
     "exact_match", "degenerate",
@@ -78,7 +79,7 @@ def test_generate_reports_errors():
 
 @pytest.mark.parametrize("sampling", [[], ["--temperature", 0.7, "--top-p", 0.9, "--seed", 4]])
 def test_verify(sampling, tmp_path):
-    common = ["--model", MODELS / "spider-cllm", "--prompt", "wine_1 : How many wines are there?\n", "--dtype", "float32"]
+    common = ["--model", MODELS / "spider-cllm", "--prompt", QUESTION, "--dtype", "float32"]
     result = run("verify", *common, *sampling, "--json", tmp_path / "certificate.json")
     assert result.exit_code == 0 and "exact" in result.output, result.output
     certificate = json.loads((tmp_path / "certificate.json").read_text())
@@ -86,7 +87,7 @@ def test_verify(sampling, tmp_path):
 
 
 def test_verify_ids():
-    common = ["--model", MODELS / "spider-cllm", "--prompt", "wine_1 : How many wines are there?\n", "--dtype", "float32"]
+    common = ["--model", MODELS / "spider-cllm", "--prompt", QUESTION, "--dtype", "float32"]
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "spider-cllm")
     model = AutoModelForCausalLM.from_pretrained(MODELS / "spider-cllm", dtype="float32")
     inputs = tokenizer(common[3], return_tensors="pt", return_token_type_ids=False)

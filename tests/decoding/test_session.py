@@ -33,7 +33,7 @@ def launches(monkeypatch):
     """Makes the CPU decode in chunks; the list holds the steps of each launch."""
     counts = []
 
-    def capture(step, count):
+    def capture(step, count, running):
         def replay():
             counts.append(count)
             with no_host_reads(monkeypatch):
@@ -129,7 +129,7 @@ def test_nan_logits_end_the_loop(launches, monkeypatch):
 
 
 def test_a_forward_that_cannot_be_captured_is_reported(launches, monkeypatch):
-    def capture(step, count):
+    def capture(step, count, running):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(session, "capture", capture)
@@ -138,3 +138,33 @@ def test_a_forward_that_cannot_be_captured_is_reported(launches, monkeypatch):
     with pytest.warns(RuntimeWarning, match="cannot be captured.*not permitted"):
         got = JacobiGenerator(MODEL, JacobiConfig(block_size=5)).generate(**inputs, do_sample=False, max_new_tokens=30)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("conditions", [True, False])
+def test_steps_behind_the_first_are_conditional(conditions, monkeypatch):
+    """With a stand-in for torch's graph that writes down what is captured, and where."""
+    log = []
+
+    class Graph:
+        def begin_capture_to_if_node(self, condition):
+            log.append(("if", condition))
+
+        def end_capture_to_conditional_node(self):
+            log.append("end")
+
+        def pool(self):
+            return (0, 1)
+
+        def replay(self):
+            log.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(session, "_pools", {})
+    monkeypatch.setattr(session, "_HAS_CONDITIONS", conditions)
+    replay = session.capture(lambda: log.append("step"), 3, torch.tensor(2))
+    one = [("if", torch.tensor(True)), "step", "end"] if conditions else ["step"]
+    assert log == ["step", *one, *one] and len(session._pools) == 1
+    replay()
+    assert log[-1] == "replay"

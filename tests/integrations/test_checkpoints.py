@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, enable_jacobi, verify
 
-TEXTS = ["select count ( * ) from wine where grape = 'Zinfandel'", "What is 17 plus 25? Let us think.", "def add(a, b):"]
+TEXTS = ["select count ( * ) from wine where grape = 'Zinfandel'", "What is 17 plus 25? Let us see.", "def add(a, b):"]
 PROMPT = "select name from wine"
 
 _SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3)
@@ -202,8 +202,10 @@ def qwen2_tokenizer(folder, fast):
             add_bos_token=False, add_prefix_space=False, additional_special_tokens=special[1:], bos_token=None,
             added_tokens_decoder={str(value): added(token) for token, value in ids.items()}, unk_token=None,
             clean_up_tokenization_spaces=False, eos_token="<|im_end|>", errors="replace", model_max_length=131072,
-            pad_token="<|endoftext|>", padding_side="right", split_special_tokens=False, tokenizer_class="Qwen2Tokenizer",
-            chat_template="{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+            pad_token="<|endoftext|>", padding_side="right", split_special_tokens=False,
+            tokenizer_class="Qwen2Tokenizer",
+            chat_template="{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+            "{% endfor %}"
             "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
         ),
     )  # fmt: skip
@@ -256,19 +258,27 @@ def jacobi_forcing_without_generation_config(folder):
     (folder / "generation_config.json").unlink()
 
 
-LAYOUTS = [sharegpt, sharegpt_fast, spider, jacobi_forcing, jacobi_forcing_slow, jacobi_forcing_without_generation_config]
+LAYOUTS = [
+    sharegpt,
+    sharegpt_fast,
+    spider,
+    jacobi_forcing,
+    jacobi_forcing_slow,
+    jacobi_forcing_without_generation_config,
+]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout(layout, tmp_path):
     if layout is spider and Version(transformers.__version__) <= Version("5.17.0"):
-        pytest.skip(f"transformers {transformers.__version__} splits such a tokenizer's text as Llama's, and loses its spaces")
+        pytest.skip(f"transformers {transformers.__version__} splits text for such a tokenizer as Llama's: spaces are lost")
     layout(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer.decode(tokenizer(PROMPT, add_special_tokens=False)["input_ids"]).strip() == PROMPT
     model, loading = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32", output_loading_info=True)
     assert not loading["missing_keys"] and not loading["mismatched_keys"]
-    assert torch.equal(model.lm_head.weight, weights(AutoConfig.from_pretrained(tmp_path).to_dict())["lm_head.weight"].float())
+    saved = weights(AutoConfig.from_pretrained(tmp_path).to_dict())
+    assert torch.equal(model.lm_head.weight, saved["lm_head.weight"].float())
 
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
@@ -287,7 +297,9 @@ def test_layout(layout, tmp_path):
         assert verify(model, **inputs, output=drawn, **own).exact
     if tokenizer.chat_template:
         message = [{"role": "user", "content": TEXTS[1]}]
-        inputs = tokenizer.apply_chat_template(message, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            message, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         expected = model.generate(**inputs, **options)
         assert torch.equal(enable_jacobi(model).generate(**inputs, **options, decoding="jacobi"), expected)
 

@@ -31,7 +31,8 @@ case = st.fixed_dictionaries(
         prompt_seed=st.integers(0, 1000),
         block_size=st.integers(2, 9),
         mode=st.sampled_from(["window", "block"]),
-        draft=st.sampled_from(["context", "last"]),
+        draft=st.sampled_from(["context", "last", "lookup", "auto"]),
+        adaptive=st.booleans(),
         backend=st.sampled_from(BACKENDS),
         max_new_tokens=st.integers(1, 14),
         eos=st.lists(st.integers(3, VOCABULARY - 1), max_size=6, unique=True).map(tuple),
@@ -49,7 +50,9 @@ def check(case):
     options |= {} if case["processors"] == "none" else PROCESSORS[case["processors"]]
     sampling = case["warpers"] != "greedy"
     options |= dict(do_sample=True) | WARPERS[case["warpers"]] if sampling else dict(do_sample=False)
-    config = {name: case[name] for name in ("block_size", "mode", "draft", "backend", "seed")}
+    config = {name: case[name] for name in ("block_size", "mode", "draft", "adaptive", "backend", "seed")}
+    if case["adaptive"] or case["draft"] == "auto":
+        config["mode"] = "window"  # blocks have one width
     generator = JacobiGenerator(model, JacobiConfig(**config))
     got = generator.generate(**inputs, **options)
     lengths = [row.tokens for row in generator.statistics.rows]

@@ -40,7 +40,8 @@ def planted(output, row, position, seed=0):
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Mistral", "GPT-2", "gpt-oss", "DeepSeek-V3", "GPT-J"])
 def test_greedy_outputs_are_exact(name, rows):
     model, inputs = make_family(name), make_prompts(rows)
-    for output in (model.generate(**inputs, do_sample=False, max_new_tokens=NEW), decode(model, inputs, do_sample=False)[0]):
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=NEW)
+    for output in (expected, decode(model, inputs, do_sample=False)[0]):
         certificate = verify(model, **inputs, output=output, do_sample=False)
         assert certificate.exact and certificate.lossless and certificate.forwards == 1, certificate
         assert list(certificate.tokens) == [length(row) for row in output[:, 12:].tolist()]
@@ -131,8 +132,8 @@ def test_rows_that_a_criterion_ended():
     inputs = make_prompts(4, seed=7)
     generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6))
     output = generator.generate(
-        **inputs, do_sample=False, max_new_tokens=NEW, stopping_criteria=[lambda ids, scores: ids[:, -3:].sum(1) % 7 == 0],
-        return_dict_in_generate=True,
+        **inputs, do_sample=False, max_new_tokens=NEW, return_dict_in_generate=True,
+        stopping_criteria=[lambda ids, scores: ids[:, -3:].sum(1) % 7 == 0],
     )  # fmt: skip
     lengths = [row.tokens for row in generator.statistics.rows]
     assert len(set(lengths)) > 1

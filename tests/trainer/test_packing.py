@@ -8,8 +8,10 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, next_state, read_rows
-from cllm_trainer.train import LengthGroups, losses, target_loss
+from cllm_trainer.losses import losses, target_loss
+from cllm_trainer.packing import IGNORE, TrajectoryDataset, additive_mask, collate, dense_mask, next_state
+from cllm_trainer.rows import read_rows
+from cllm_trainer.train import LengthGroups
 from helpers import PAD, make_model
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
@@ -34,7 +36,7 @@ def test_packed_forward_equals_separate_forwards(attention, decay):
     features = draw()
     batch = collate(features, PAD)
     inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-    inputs["attention_mask"] = additive_mask(batch["attention_mask"], torch.float32)
+    inputs["attention_mask"] = additive_mask(dense_mask(batch["seen"], batch["group"]), torch.float32)
     model.set_attn_implementation(attention)
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -153,7 +155,8 @@ def test_on_policy_states_follow_the_decoder():
             break
         inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
         with torch.no_grad():
-            logits = model(**inputs, attention_mask=additive_mask(batch["attention_mask"], torch.float32)).logits
+            mask = additive_mask(dense_mask(batch["seen"], batch["group"]), torch.float32)
+            logits = model(**inputs, attention_mask=mask).logits
         dataset.advance(batch["blocks"], logits.flatten(0, 1)[batch["student"]].argmax(-1).tolist())
     assert compared > 40
 
@@ -181,7 +184,7 @@ def test_batches_hold_one_length_in_no_order():
 
 def test_without_states_there_is_no_mask_and_no_consistency_loss():
     batch = collate(draw(blocks=0), PAD)
-    assert set(batch) == {"input_ids", "position_ids", "labels"}
+    assert set(batch) == {"input_ids", "position_ids", "labels", "outputs"}
     ar, consistency = losses(torch.randn(*batch["labels"].shape, 7), batch["labels"].clamp(max=6))
     assert ar > 0 and consistency == 0
 

@@ -9,7 +9,7 @@ import torch
 from cllm_trainer import spider
 from cllm_trainer.cli import app
 from cllm_trainer.collect import collect, prompts_of
-from cllm_trainer.packing import read_rows
+from cllm_trainer.rows import read_rows
 from cllm_trainer.train import TrainConfig, train
 from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 from typer.testing import CliRunner

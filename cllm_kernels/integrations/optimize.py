@@ -1,0 +1,211 @@
+"""Runs a model's linear layers, and whole decoder layers where they are known, by this package while it decodes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from ..backends import resolve
+from ..decoding import JacobiCache
+from ..ops import block_attention, window_linear, window_mlp, window_qkv
+from ..ops.window_linear import DTYPES, ROWS
+
+# Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
+# each keeps its sliding window.
+_FAMILIES: dict[str, Callable[[nn.Module], int | None]] = {
+    "Llama": lambda attention: None,
+    "Mistral": lambda attention: getattr(attention.config, "sliding_window", None),
+    "Qwen2": lambda attention: attention.sliding_window,
+    "Qwen3": lambda attention: attention.sliding_window,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimized:
+    """What :func:`optimize` did.
+
+    Attributes:
+        linears: names of the linear layers that run by ``window_linear``.
+        layers: names of the decoder layers that run by ``window_qkv``, ``block_attention`` and ``window_mlp``.
+        left: names of the linear layers and of the decoder layers that were left alone, with the reason.
+    """
+
+    linears: tuple[str, ...]
+    layers: tuple[str, ...]
+    left: dict[str, str]
+
+
+@contextlib.contextmanager
+def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
+    """Runs the linear layers of ``model`` by the package's own kernels inside the context, and as before after it.
+
+    Weights stay where they are: nothing is copied or packed, so the state dict, ``save_pretrained`` and weights that
+    change are not concerned. Calls that need gradients, run under autocast or have more rows than a decoding window go
+    to torch as before. Linear layers of another class (quantised ones, adapters), with weights of another kind or with
+    a forward that was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2
+    and Qwen3 decode a window in a few calls, where nothing inside them has hooks or was changed.
+
+    :class:`cllm_kernels.JacobiConfig` has an option, on by default, that does this for each call of generate. Nothing
+    is swapped where the C++ kernels do not run, as on a GPU.
+
+    Yields:
+        what was swapped and what was left alone.
+    """
+    linears: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
+    left: dict[str, str] = {}
+    try:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                reason, swapped, make = _linear_reason(module, backend), linears, _swapped_linear
+            elif type(module).__name__.endswith("DecoderLayer"):
+                reason, swapped, make = _layer_reason(module, backend), layers, _swapped_layer
+            else:
+                continue
+            if reason is None:
+                # not by setattr, which would look for parameters and submodules
+                module.__dict__["forward"] = make(module)
+                swapped[name] = module
+            else:
+                left[name] = reason
+        yield Optimized(tuple(linears), tuple(layers), left)
+    finally:
+        for module in (*linears.values(), *layers.values()):
+            module.__dict__.pop("forward", None)
+
+
+def _swapped_linear(module: nn.Linear) -> Callable:
+    parameters = module._parameters  # read anew in each call, lest a weight that was replaced stay in use
+
+    def forward(input: torch.Tensor) -> torch.Tensor:
+        weight, bias = parameters["weight"], parameters["bias"]
+        if input.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return F.linear(input, weight, bias)
+        return window_linear(input, weight, bias, "cpp")
+
+    return forward
+
+
+def _swapped_layer(layer: nn.Module) -> Callable:
+    before = type(layer).forward.__get__(layer)
+    attention, mlp = layer.self_attn, layer.mlp
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    window = _FAMILIES[_family(layer)](attention) or 0
+    query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
+    gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
+
+    def forward(
+        hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+        position_embeddings=None, **kwargs,
+    ):  # fmt: skip
+        if (
+            type(past_key_values) is not JacobiCache
+            or hidden_states.dtype != query["weight"].dtype
+            or hidden_states.shape[0] * hidden_states.shape[1] > ROWS
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return before(
+                hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+            )  # fmt: skip
+        cos, sin = position_embeddings
+        if cos.shape[0] != hidden_states.shape[0]:
+            cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
+        q, k, v = window_qkv(
+            hidden_states, first._parameters["weight"], first.variance_epsilon,
+            query["weight"], key["weight"], value["weight"], cos, sin, query["bias"], key["bias"], value["bias"],
+            None if query_norm is None else query_norm._parameters["weight"],
+            None if key_norm is None else key_norm._parameters["weight"],
+            0.0 if query_norm is None else query_norm.variance_epsilon,
+            "cpp",
+        )  # fmt: skip
+        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
+        lengths, starts = attention_mask[:, :, 0, 0].unbind()
+        attended, _ = block_attention(
+            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, past_key_values.backend
+        )
+        return window_mlp(
+            hidden_states, attended.flatten(2), output["weight"], second._parameters["weight"],
+            second.variance_epsilon, gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
+        )  # fmt: skip
+
+    return forward
+
+
+def _linear_reason(module: nn.Linear, backend: str) -> str | None:
+    """Why a linear layer is left alone, or None."""
+    if type(module) is not nn.Linear:
+        return f"it is a {type(module).__qualname__}"
+    if "forward" in module.__dict__:
+        return "its forward was replaced"
+    return _parameters_reason(module, backend)
+
+
+def _parameters_reason(module: nn.Module, backend: str) -> str | None:
+    dtype = module.weight.dtype
+    for name, tensor in module._parameters.items():
+        if tensor is None:
+            continue
+        if type(tensor) is not nn.Parameter:
+            return f"its {name} is a {type(tensor).__qualname__}"
+        if tensor.dtype not in DTYPES or tensor.dtype != dtype:
+            return f"its {name} is in {tensor.dtype}"
+        if tensor.layout != torch.strided or tensor.stride(-1) != 1:
+            return f"its {name} is not contiguous"
+        if tensor.device.type != "cpu" or resolve(backend, tensor.device) != "cpp":
+            return f"its {name} is on {tensor.device} and the backend is {backend!r}; the C++ kernels do not run"
+    return None
+
+
+def _family(layer: nn.Module) -> str | None:
+    """The family whose decoder layer this is, itself and not a subclass."""
+    name = type(layer).__name__.removesuffix("DecoderLayer")
+    source = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
+    return name if name in _FAMILIES and type(layer).__module__ == source else None
+
+
+def _layer_reason(layer: nn.Module, backend: str) -> str | None:
+    """Why a decoder layer is left alone, or None."""
+    family = _family(layer)
+    if family is None:
+        return f"{type(layer).__qualname__} is none of the known decoder layers"
+    source = type(layer).__module__
+    heads = {"q_norm", "k_norm"} if family == "Qwen3" else set()
+    classes = {
+        "": "DecoderLayer",
+        "self_attn": "Attention",
+        "mlp": "MLP",
+        **dict.fromkeys(("input_layernorm", "post_attention_layernorm"), "RMSNorm"),
+        **dict.fromkeys((f"self_attn.{name}" for name in heads), "RMSNorm"),
+    }
+    projections = {f"self_attn.{name}_proj" for name in "qkvo"}
+    projections |= {f"mlp.{name}_proj" for name in ("gate", "up", "down")}
+    modules = dict(layer.named_modules())
+    if set(modules) != {*classes, *projections, "mlp.act_fn"}:
+        return "it has other submodules than its class is known for"
+    for name, module in modules.items():
+        if name and (module._forward_hooks or module._forward_pre_hooks):  # its own run anyway
+            return f"{name} has hooks"
+        if "forward" in module.__dict__:
+            return f"the forward of {name or 'the layer'} was replaced"
+        if name in classes and (type(module).__module__, type(module).__name__) != (source, family + classes[name]):
+            return f"{name} is a {type(module).__qualname__}"
+        if name in projections and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__qualname__}"
+        if module._parameters and (reason := _parameters_reason(module, backend)):
+            return f"{name}: {reason}"
+    if len({parameter.dtype for parameter in layer.parameters()}) > 1:
+        return "its parameters are of several dtypes"
+    if any(modules[f"mlp.{name}_proj"].bias is not None for name in ("gate", "up", "down")):
+        return "its MLP has biases"
+    if type(modules["mlp.act_fn"]) not in (nn.SiLU, type(ACT2FN["silu"])):
+        return f"its activation is {type(modules['mlp.act_fn']).__qualname__}"
+    return None

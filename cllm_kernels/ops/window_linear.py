@@ -1,0 +1,121 @@
+"""A linear layer for the few rows of a decoding window."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import backends
+from ._library import check_last_dim, check_rank, check_same, check_shape, register
+from .block_attention import DTYPE_CODES
+
+DTYPES = (torch.float32, torch.bfloat16)
+# The widest window for which the C++ kernel is never slower than torch's.
+ROWS = 64
+
+
+def window_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """``x Wᵀ + b`` on the CPU, at about the cost of reading the weights once.
+
+    x [..., K]; weight [N, K], with a contiguous last dimension and otherwise free strides, read where it lies; bias
+    [N], all of one dtype (float32, bfloat16). Sums are accumulated in float32 and rounded once. Returns [..., N],
+    contiguous.
+
+    In C++, a result depends on its own row of x and on the weights alone: the same row gives the same bits in a window of 1 and in one of
+    64, so that decoding token by token and by windows agree. Above `ROWS` rows, and where the backend is "torch",
+    torch's own linear runs, for which this does not hold.
+
+    With AVX-512 BF16, products of bfloat16 are added in pairs and numbers below float32's normal range count as 0.
+
+    For inference: gradients are not defined. Raises ValueError on shapes, dtypes, devices or strides that do not fit.
+    """
+    return _call(x, weight, bias, backend)
+
+
+def check_layer(name: str, weight: torch.Tensor, bias: torch.Tensor | None, inputs: int, x: torch.Tensor) -> None:
+    """A weight [N, inputs] and its bias [N] or None, of the dtype and on the device of x."""
+    if weight.dim() != 2 or weight.size(1) != inputs or weight.size(0) < 1:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}; it must be [N, {inputs}] with N at least 1")
+    check_same(name, weight, "x", x)
+    check_last_dim(name, weight)
+    if bias is not None:
+        check_shape(f"the bias of {name}", bias, (weight.size(0),))
+        check_same(f"the bias of {name}", bias, "x", x)
+
+
+def check_dtype(x: torch.Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x has dtype {x.dtype}; allowed are float32 and bfloat16")
+
+
+def check_rows(x: torch.Tensor) -> None:
+    """x [B, n, H] of an allowed dtype and of 1 to `ROWS` rows."""
+    check_rank("x", x, "B, n, H")
+    check_dtype(x)
+    rows = x.size(0) * x.size(1)
+    if not 1 <= rows <= ROWS or x.size(2) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; B * n must be in [1, {ROWS}] and H at least 1")
+
+
+def resolve_cpu(backend: str, device: torch.device) -> str:
+    """As `backends.resolve`, for an op that has no Triton kernel."""
+    backend = backends.resolve(backend, device)
+    if backend == "triton":
+        raise RuntimeError("backend 'triton' was asked for but this op runs on the CPU alone, by 'cpp' and 'torch'")
+    return backend
+
+
+def layer_arguments(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """A linear layer as the extension takes it."""
+    return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), weight.stride(0), weight.size(0)
+
+
+def _check(x, weight, bias) -> None:
+    if x.dim() < 1 or x.size(-1) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., K] with K at least 1")
+    check_dtype(x)
+    check_layer("weight", weight, bias, x.size(-1), x)
+
+
+def reference(x, weight, bias=None, dtype=torch.float32) -> torch.Tensor:
+    """The specification of `window_linear`, computed and returned in `dtype`."""
+    product = x.to(dtype) @ weight.to(dtype).T
+    return product if bias is None else product + bias.to(dtype)
+
+
+def linear_reference(x, weight, bias=None) -> torch.Tensor:
+    """`reference` with its result in the dtype of x."""
+    return reference(x, weight, bias, torch.float64 if x.dtype == torch.float64 else torch.float32).to(x.dtype)
+
+
+def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
+    _check(x, weight, bias)
+    backend = resolve_cpu(backend, x.device)
+    outputs, inputs = weight.shape
+    rows = x.numel() // inputs
+    if backend == "torch" or not 1 <= rows <= ROWS:
+        return F.linear(x, weight, bias)
+    x = x.contiguous()
+    if bias is not None:
+        bias = bias.contiguous()
+    out = x.new_empty(*x.shape[:-1], outputs)
+    backends.EXTENSION.linear(
+        x.data_ptr(), inputs * x.element_size(), weight.data_ptr(), weight.stride(0),
+        0 if bias is None else bias.data_ptr(), out.data_ptr(),
+        rows, inputs, outputs, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _fake(x, weight, bias=None, backend="auto") -> torch.Tensor:
+    _check(x, weight, bias)
+    return x.new_empty(*x.shape[:-1], weight.size(0))
+
+
+_call = register(
+    'window_linear(Tensor x, Tensor weight, Tensor? bias=None, str backend="auto") -> Tensor',
+    _implementation,
+    _fake,
+)

@@ -1,0 +1,70 @@
+// What stands between the linear layers of a decoder layer, row by row. Included only by kernels.cpp.
+#pragma once
+
+#include <cmath>
+
+#include "kernels.h"
+#include "vec.h"
+
+namespace cllm::cpu {
+namespace {
+
+// Rounded to T and widened again, where the steps of a definition round in between.
+template <class T>
+CLLM_INLINE float rounded(float x) {
+  T to;
+  narrow(x, &to);
+  return widen(to);
+}
+
+template <class T>
+void rms_norm(const T* x, const T* weight, float eps, int64_t count, T* out) {
+  vfloat sums[4] = {};
+  float total = 0;
+  int64_t i = 0;
+  for (; i + 4 * native <= count; i += 4 * native)
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const vfloat v = load(x + i + c * native);
+      sums[c] += v * v;
+    }
+  for (; i < count; ++i) total += widen(x[i]) * widen(x[i]);
+  const vfloat sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  for (int lane = 0; lane < native; ++lane) total += sum[lane];
+  const float factor = 1 / sqrtf(total / static_cast<float>(count) + eps);
+  for (i = 0; i < count; ++i) narrow(widen(weight[i]) * rounded<T>(widen(x[i]) * factor), out + i);
+}
+
+// gate = silu(gate) * up. Rounded in between, as a module for each would round. The rest of a row goes through a vector
+// too, so that the place of a value decides nothing.
+template <class T>
+void silu_multiply(T* gate, const T* up, int64_t count) {
+  const auto step = [](const T* x, const T* y, T* to) {
+    const vfloat v = load(x), exponent = v * -log2e;
+    // exp2 takes less than 128; NaN stays
+    const vfloat silu = v / (1.0f + exp2(exponent > 127.0f ? splat(127.0f) : exponent));
+    if constexpr (std::is_same<T, float>::value) {
+      store(to, silu * load(y));
+    } else {
+      float wide[native];
+      store(wide, silu);
+      for (int lane = 0; lane < native; ++lane) narrow(rounded<T>(wide[lane]) * widen(y[lane]), to + lane);
+    }
+  };
+  int64_t i = 0;
+  for (; i + native <= count; i += native) step(gate + i, up + i, gate + i);
+  if (i == count) return;
+  T x[native] = {}, y[native] = {};
+  memcpy(x, gate + i, (count - i) * sizeof(T));
+  memcpy(y, up + i, (count - i) * sizeof(T));
+  step(x, y, x);
+  memcpy(gate + i, x, (count - i) * sizeof(T));
+}
+
+template <class T>
+void add_rows(const T* a, const T* b, int64_t count, T* out) {
+  for (int64_t i = 0; i < count; ++i) narrow(widen(a[i]) + widen(b[i]), out + i);
+}
+
+}  // namespace
+}  // namespace cllm::cpu

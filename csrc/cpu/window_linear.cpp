@@ -1,0 +1,210 @@
+// Linear layers of a window, alone and with what stands around them in a decoder layer, shared out over threads.
+#include <algorithm>
+#include <cstring>
+
+#include "kernels.h"
+#include "ops.h"
+#include "scratch.h"
+
+namespace cllm::cpu {
+namespace {
+
+// One core does this many multiply-adds in some forty microseconds, twice what sharing out one layer costs. The MLP has
+// several layers, with a barrier behind each; on a machine that does other work a barrier waits for a time slice.
+constexpr int64_t parallel_work = 2'000'000, parallel_mlp_work = 4'000'000;
+// Reading a weight takes one row as long as these many rows take to compute.
+constexpr int64_t memory_rows = 6;
+// Outputs of a task: a multiple of what every register tile holds. Several tasks a thread even out other load.
+constexpr int64_t task_outputs = 24, tasks_per_thread = 8;
+
+thread_local Scratch scratch;
+
+int64_t work_of(const LinearParams& p) { return p.outputs * p.inputs * std::max(p.rows, memory_rows); }
+
+// The team that runs `work` multiply-adds.
+int team_size(int64_t work, int threads, int64_t least = parallel_work) { return work < least ? 1 : threads; }
+
+int64_t outputs_per_task(int64_t outputs, int team) {
+  const int64_t wanted = team == 1 ? outputs : (outputs + team * tasks_per_thread - 1) / (team * tasks_per_thread);
+  return (wanted + task_outputs - 1) / task_outputs * task_outputs;
+}
+
+LinearParams layer(const LinearWeights& w, const void* x, int64_t inputs, void* out, int64_t rows, DType dtype) {
+  return {x, w.weight, w.bias, out, inputs * element_size(dtype), w.stride, w.outputs, rows, inputs, w.outputs, dtype};
+}
+
+// x as the kernel reads it: where it lies, or in memory of its own.
+struct Inputs {
+  Inputs(const Kernels& run, const LinearParams& p) : run(run), params(p), row_size(run.linear_row_size(p)) {}
+
+  size_t size() const { return params.rows * row_size; }
+
+  void prepare(int64_t row, char* memory) const {
+    if (row_size) run.linear_inputs(params, row, memory + row * row_size);
+  }
+
+  LinearParams prepared(LinearParams p, const char* memory) const {
+    if (row_size) {
+      p.x = memory;
+      p.x_bytes = row_size;
+    }
+    return p;
+  }
+
+  const Kernels& run;
+  LinearParams params;
+  size_t row_size;
+};
+
+// Pieces of the scratch memory, each at a multiple of 64 bytes.
+class Pieces {
+ public:
+  size_t add(size_t bytes) {
+    const size_t at = size_;
+    size_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  char* reserve() const { return reinterpret_cast<char*>(scratch.reserve(size_ / sizeof(float))); }
+
+ private:
+  size_t size_ = 0;
+};
+
+// Inside a parallel region; all threads wait at the end.
+void run_layer(const Kernels& run, const LinearParams& p, int team) {
+  const int64_t step = outputs_per_task(p.outputs, team);
+#pragma omp for schedule(dynamic, 1)
+  for (int64_t begin = 0; begin < p.outputs; begin += step) run.linear(p, begin, std::min(begin + step, p.outputs));
+}
+
+}  // namespace
+
+void linear(const LinearParams& params, int threads) {
+  const Kernels& run = kernels();
+  const Inputs inputs(run, params);
+  Pieces pieces;
+  pieces.add(inputs.size());
+  char* memory = pieces.reserve();
+  for (int64_t row = 0; row < params.rows; ++row) inputs.prepare(row, memory);
+  const LinearParams p = inputs.prepared(params, memory);
+  const int team = team_size(work_of(p), threads);
+  if (team == 1) return run.linear(p, 0, p.outputs);
+#pragma omp parallel num_threads(team)
+  run_layer(run, p, team);
+}
+
+void qkv(const QkvParams& p, int threads) {
+  const Kernels& run = kernels();
+  const int64_t item = element_size(p.dtype), row_bytes = p.hidden * item;
+  Pieces pieces;
+  const size_t normed_at = pieces.add(p.rows * row_bytes);
+  // Sizes do not depend on where x lies, so that the layers can be made before the memory is there.
+  const Inputs sizes(run, layer(p.query, nullptr, p.hidden, nullptr, p.rows, p.dtype));
+  const size_t inputs_at = pieces.add(sizes.size());
+  char* memory = pieces.reserve();
+  char *normed = memory + normed_at, *prepared = memory + inputs_at;
+  const Inputs inputs(run, layer(p.query, normed, p.hidden, nullptr, p.rows, p.dtype));
+  const LinearParams layers[] = {
+      inputs.prepared(layer(p.query, normed, p.hidden, p.query_out, p.rows, p.dtype), prepared),
+      inputs.prepared(layer(p.key, normed, p.hidden, p.key_out, p.rows, p.dtype), prepared),
+      inputs.prepared(layer(p.value, normed, p.hidden, p.value_out, p.rows, p.dtype), prepared)};
+  int64_t work = 0, outputs = 0;
+  for (const LinearParams& layer : layers) {
+    work += work_of(layer);
+    outputs += layer.outputs;
+  }
+  const int team = team_size(work, threads);
+  const int64_t step = outputs_per_task(outputs, team);
+  int64_t first[4] = {};  // task of each layer
+  for (int i = 0; i < 3; ++i) first[i + 1] = first[i] + (layers[i].outputs + step - 1) / step;
+  const int64_t query_heads = p.query.outputs / p.dim, heads = query_heads + p.key.outputs / p.dim;
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.rows; ++row) {
+      run.rms_norm(static_cast<const char*>(p.x) + row * row_bytes, p.norm, p.eps, p.hidden, normed + row * row_bytes,
+                   p.dtype);
+      inputs.prepare(row, prepared);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < first[3]; ++task) {
+      const int i = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
+      const int64_t begin = (task - first[i]) * step;
+      run.linear(layers[i], begin, std::min(begin + step, layers[i].outputs));
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < p.rows * heads; ++task) {
+      const int64_t row = task / heads, head = task % heads;
+      const bool query = head < query_heads;
+      const int64_t at = query ? row * p.query.outputs + head * p.dim
+                               : row * p.key.outputs + (head - query_heads) * p.dim;
+      char* x = static_cast<char*>(query ? p.query_out : p.key_out) + at * item;
+      if (const void* norm = query ? p.query_norm : p.key_norm) run.rms_norm(x, norm, p.head_eps, p.dim, x, p.dtype);
+      run.rotate(x, static_cast<const char*>(p.cos) + row * p.dim * item,
+                 static_cast<const char*>(p.sin) + row * p.dim * item, x, p.dim, p.dtype, p.dtype);
+    }
+  }
+}
+
+void mlp(const MlpParams& p, int threads) {
+  const Kernels& run = kernels();
+  const int64_t item = element_size(p.dtype), row_bytes = p.hidden * item, inner = p.gate.outputs;
+  const auto sizes = [&](const LinearWeights& w, int64_t inputs) {
+    return Inputs(run, layer(w, nullptr, inputs, nullptr, p.rows, p.dtype)).size();
+  };
+  Pieces pieces;
+  const size_t attended_at = pieces.add(sizes(p.output, p.inputs));
+  const size_t sum_at = pieces.add(p.rows * row_bytes);
+  const size_t normed_at = pieces.add(p.rows * row_bytes), gate_inputs_at = pieces.add(sizes(p.gate, p.hidden));
+  const size_t gate_at = pieces.add(p.rows * inner * item), up_at = pieces.add(p.rows * inner * item);
+  const size_t down_inputs_at = pieces.add(sizes(p.down, inner));
+  char* memory = pieces.reserve();
+  char *sum = memory + sum_at, *normed = memory + normed_at, *gate = memory + gate_at, *up = memory + up_at;
+  char* out = static_cast<char*>(p.out);
+  const Inputs attended(run, layer(p.output, p.attended, p.inputs, sum, p.rows, p.dtype));
+  const Inputs gate_inputs(run, layer(p.gate, normed, p.hidden, gate, p.rows, p.dtype));
+  const Inputs down_inputs(run, layer(p.down, gate, inner, sum, p.rows, p.dtype));
+  const LinearParams output = attended.prepared(attended.params, memory + attended_at);
+  const LinearParams gates = gate_inputs.prepared(gate_inputs.params, memory + gate_inputs_at);
+  const LinearParams ups =
+      gate_inputs.prepared(layer(p.up, normed, p.hidden, up, p.rows, p.dtype), memory + gate_inputs_at);
+  const LinearParams down = down_inputs.prepared(down_inputs.params, memory + down_inputs_at);
+  const int64_t work = work_of(output) + work_of(gates) + work_of(ups) + work_of(down);
+  const int team = team_size(work, threads, parallel_mlp_work);
+  const int64_t step = outputs_per_task(inner, team);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    if (attended.row_size) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < p.rows; ++row) attended.prepare(row, memory + attended_at);
+    }
+    run_layer(run, output, team);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.rows; ++row) {
+      char* here = out + row * row_bytes;
+      run.add(static_cast<const char*>(p.x) + row * row_bytes, sum + row * row_bytes, p.hidden, here, p.dtype);
+      run.rms_norm(here, p.norm, p.eps, p.hidden, normed + row * row_bytes, p.dtype);
+      gate_inputs.prepare(row, memory + gate_inputs_at);
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t begin = 0; begin < inner; begin += step) {
+      const int64_t end = std::min(begin + step, inner);
+      run.linear(gates, begin, end);
+      run.linear(ups, begin, end);
+      for (int64_t row = 0; row < p.rows; ++row) {
+        const int64_t at = (row * inner + begin) * item;
+        run.silu_multiply(gate + at, up + at, end - begin, p.dtype);
+      }
+    }
+    if (down_inputs.row_size) {
+#pragma omp for schedule(static)
+      for (int64_t row = 0; row < p.rows; ++row) down_inputs.prepare(row, memory + down_inputs_at);
+    }
+    run_layer(run, down, team);
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < p.rows; ++row)
+      run.add(out + row * row_bytes, sum + row * row_bytes, p.hidden, out + row * row_bytes, p.dtype);
+  }
+}
+
+}  // namespace cllm::cpu

@@ -1,0 +1,311 @@
+"""Swapping linear and decoder layers while decoding: what is swapped, what is left alone, and that it is undone."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import FAMILIES, VOCABULARY, make_model, make_prompts
+from torch import nn
+
+from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi, optimize
+from cllm_kernels.decoding import JacobiCache
+from cllm_kernels.integrations import optimize as module_under_test
+from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+
+KNOWN = ("llama", "mistral", "qwen2", "qwen3")
+
+pytestmark = pytest.mark.skipif(backends.EXTENSION is None, reason=str(backends.available()["cpp"]))
+
+
+def forwards(model):
+    return {name: getattr(module.forward, "__func__", None) for name, module in model.named_modules()}
+
+
+def window_forward(model, tokens, length=0, cache=None):
+    """Logits of a window behind `length` cache rows, and the cache."""
+    bounds = torch.zeros(2, tokens.shape[0], dtype=torch.int32)
+    cache = cache or JacobiCache(bounds[0], 128, "cpp")
+    cache.lengths.fill_(length)
+    bounds = torch.stack((cache.lengths, bounds[1]))
+    positions = torch.arange(length, length + tokens.shape[1])[None].expand(tokens.shape[0], -1)
+    with torch.inference_mode(), block_attention_enabled(model, "cpp"):
+        outputs = model(
+            input_ids=tokens, attention_mask=as_mask(bounds), position_ids=positions, past_key_values=cache,
+            use_cache=True,
+        )  # fmt: skip
+    return outputs.logits, cache
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Counts the calls of each op that swapped modules make."""
+    counts = {}
+    for name in ("window_linear", "window_qkv", "window_mlp"):
+        op = getattr(module_under_test, name)
+
+        def count(*arguments, name=name, op=op):
+            counts[name] = counts.get(name, 0) + 1
+            return op(*arguments)
+
+        monkeypatch.setattr(module_under_test, name, count)
+    return counts
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_swaps_what_it_knows_and_undoes_it(family):
+    model = make_model(family)
+    before, state = forwards(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pointers = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {f"model.layers.{i}" for i in range(2)}
+    with optimize(model) as done:
+        assert set(done.linears) == linears
+        assert len(done.layers) == (2 if family in KNOWN else 0)
+        assert set(done.left) == {"gemma2": layers, "phi3": layers}.get(family, set())
+        inside = model.state_dict()
+        assert inside.keys() == state.keys()
+        assert all(tensor.data_ptr() == pointers[name] for name, tensor in inside.items())
+    assert forwards(model) == before
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_model(family, dtype):
+    model = make_model(family, dtype=dtype)
+    exact = copy.deepcopy(model).double() if dtype == torch.float32 else copy.deepcopy(model).float()
+    tokens = torch.randint(3, VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(1))
+    want = exact(tokens, use_cache=False).logits.float()
+    plain, _ = window_forward(model, tokens)
+    with optimize(model):
+        got, _ = window_forward(model, tokens)
+    error, baseline = ((logits.float() - want).abs().max() for logits in (got, plain))
+    assert error <= 3 * baseline + 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", [family for family in KNOWN if family != "mistral"])
+def test_a_window_gives_the_bits_of_single_tokens(family, dtype):
+    """So that decoding by windows and token by token agree in every dtype.
+
+    Mistral's sliding window is left out: `block_attention` adds up what only some rows of a window see in another order
+    than for one row.
+    """
+    model = make_model(family, dtype=dtype)
+    tokens = torch.randint(3, VOCABULARY, (1, 17), generator=torch.Generator().manual_seed(2))
+    with optimize(model):
+        together, _ = window_forward(model, tokens)
+        cache = None
+        for position in range(17):
+            alone, cache = window_forward(model, tokens[:, position : position + 1], position, cache)
+            assert torch.equal(alone[:, 0], together[:, position]), position
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_a_window_runs_by_the_ops_and_a_prompt_does_not(family, calls):
+    model = make_model(family)
+    with optimize(model):
+        window_forward(model, torch.randint(3, VOCABULARY, (1, 16)))
+        assert calls == {"window_qkv": 2, "window_mlp": 2, "window_linear": 1}  # the last is the LM head
+        calls.clear()
+        window_forward(model, torch.randint(3, VOCABULARY, (1, 65)))
+        assert "window_qkv" not in calls and "window_mlp" not in calls
+
+
+@pytest.mark.parametrize("optimized", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_jacobi_equals_generate_with_and_without(family, optimized, calls):
+    model = make_model(family, seed=4)
+    inputs = make_prompts(3)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=40)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=7, optimize=optimized))
+    assert torch.equal(generator.generate(**inputs, do_sample=False, max_new_tokens=40), expected)
+    assert bool(calls) == optimized
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_tokens_in_bf16_are_those_of_single_tokens():
+    """In bf16 too, without a block of the same width on both sides."""
+    model = make_model("llama", seed=2, dtype=torch.bfloat16)
+    inputs = make_prompts(1, seed=9)["input_ids"]
+    got = JacobiGenerator(model, JacobiConfig(block_size=8)).generate(
+        inputs, do_sample=False, max_new_tokens=48, eos_token_id=None
+    )[0].tolist()
+    tokens, cache = inputs[0].tolist(), None
+    with optimize(model):
+        for position in range(len(got) - 1):
+            logits, cache = window_forward(model, torch.tensor([[tokens[position]]]), position, cache)
+            if position + 1 >= len(tokens):
+                tokens.append(int(logits[0, -1].argmax()))
+    assert got == tokens
+
+
+def test_switches():
+    model = make_model()
+    enable_jacobi(model, JacobiConfig(block_size=4), optimize=False)
+    assert model.generate.generator.config == JacobiConfig(block_size=4, optimize=False)
+    assert enable_jacobi(model).generate.generator.config.optimize
+    with pytest.raises(ValueError, match="optimize is 'yes'; it must be True or False"):
+        JacobiConfig(optimize="yes")
+
+
+def test_undone_after_an_exception(monkeypatch):
+    model = make_model()
+    with pytest.raises(RuntimeError, match="stop"), optimize(model):
+        raise RuntimeError("stop")
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+    def fail(*arguments):
+        raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(module_under_test, "_swapped_linear", fail)
+    with pytest.raises(RuntimeError, match="in the middle"), optimize(model):
+        pass
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_nothing_is_swapped_without_the_kernels():
+    model = make_model()
+    with optimize(model, "torch") as done:
+        assert not done.linears and not done.layers
+        assert "the C++ kernels do not run" in done.left["lm_head"]
+        assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class LowRank(nn.Linear):
+    """An adapter as a subclass."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+class Quantised(torch.Tensor):
+    """Weights of another kind."""
+
+
+def with_subclass(model):
+    old = model.model.layers[0].self_attn.q_proj
+    new = LowRank(old.in_features, old.out_features, bias=old.bias is not None)
+    new.load_state_dict(old.state_dict())
+    model.model.layers[0].self_attn.q_proj = new
+    return "self_attn.q_proj", "it is a LowRank", "self_attn.q_proj is a LowRank"
+
+
+def with_replaced_forward(model):
+    linear = model.model.layers[0].mlp.up_proj
+    linear.forward = lambda x, before=linear.forward: 2 * before(x)
+    return "mlp.up_proj", "its forward was replaced", "the forward of mlp.up_proj was replaced"
+
+
+def with_other_weights(model):
+    linear = model.model.layers[0].mlp.down_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised))
+    return "mlp.down_proj", "its weight is a Quantised", "mlp.down_proj: its weight is a Quantised"
+
+
+def with_half_weights(model):
+    linear = model.model.layers[0].mlp.down_proj.half()
+    linear.register_forward_pre_hook(lambda module, args: (args[0].half(),))
+    linear.register_forward_hook(lambda module, args, output: output.float())
+    return "mlp.down_proj", "its weight is in torch.float16", "has hooks"
+
+
+def with_parametrization(model):
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return 2 * weight
+
+    torch.nn.utils.parametrize.register_parametrization(model.model.layers[0].mlp.gate_proj, "weight", Doubled())
+    return "mlp.gate_proj", "it is a ParametrizedLinear", "it has other submodules than its class is known for"
+
+
+@pytest.mark.parametrize(
+    "change", [with_subclass, with_replaced_forward, with_other_weights, with_half_weights, with_parametrization]
+)
+def test_what_is_not_plain_is_left_alone(change):
+    model = make_model("llama", seed=5)
+    name, linear_reason, layer_reason = change(model)
+    inputs = make_prompts(2)
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    with optimize(model) as done:
+        assert linear_reason in done.left[f"model.layers.0.{name}"]
+        assert layer_reason in done.left["model.layers.0"]
+        assert done.layers == ("model.layers.1",)
+    got = JacobiGenerator(model, JacobiConfig(block_size=5)).generate(**inputs, do_sample=False, max_new_tokens=24)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_proj", "mlp", "input_layernorm", "self_attn", ""])
+@pytest.mark.parametrize("pre", [False, True])
+def test_hooks_run(name, pre):
+    """On a linear layer, on a module of which the calls would have been left out, and on the decoder layer."""
+    model = make_model("llama")
+    tokens = torch.randint(3, VOCABULARY, (1, 6))
+    module = model.model.layers[0].get_submodule(name)
+    seen = []
+    if pre:
+        module.register_forward_pre_hook(lambda *args: seen.append(name))
+    else:
+        module.register_forward_hook(lambda *args: seen.append(name))
+    plain, _ = window_forward(model, tokens)
+    assert seen == [name]
+    with optimize(model) as done:
+        got, _ = window_forward(model, tokens)
+        assert ("model.layers.0" in done.layers) == (name == "")
+    assert seen == [name] * 2
+    torch.testing.assert_close(got, plain)
+
+
+def test_tied_embeddings_stay_tied():
+    model = make_model("gemma2")
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    with optimize(model):
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        model.model.embed_tokens.weight.data.mul_(0.5)  # seen at once: nothing is cached
+        got, _ = window_forward(model, torch.randint(3, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(0)))
+    plain, _ = window_forward(model, torch.randint(3, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(got, plain)
+
+
+def test_weights_that_are_replaced_are_used():
+    model = make_model("llama")
+    tokens = torch.randint(3, VOCABULARY, (1, 6))
+    with optimize(model):
+        before, _ = window_forward(model, tokens)
+        model.model.layers[1].mlp.up_proj.weight = nn.Parameter(2 * model.model.layers[1].mlp.up_proj.weight.detach())
+        model.lm_head.weight.data.neg_()
+        after, _ = window_forward(model, tokens)
+    plain, _ = window_forward(model, tokens)
+    torch.testing.assert_close(after, plain)
+    assert not torch.allclose(before, after)
+
+
+def test_training_inside_and_autocast():
+    """Gradients and autocast are torch's business."""
+    tokens = torch.randint(3, VOCABULARY, (2, 8))
+    gradients = []
+    for swapped in (False, True):
+        model = make_model("qwen2").train()
+        if swapped:
+            with optimize(model):
+                model(tokens, labels=tokens).loss.backward()
+        else:
+            model(tokens, labels=tokens).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(torch.equal(gradients[1][name], gradient) for name, gradient in gradients[0].items())
+
+    linear = nn.Sequential(nn.Linear(8, 8))
+    with optimize(linear), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(torch.ones(2, 8)).dtype == torch.bfloat16
+
+
+def test_models_inside_can_be_saved(tmp_path):
+    model = make_model("llama")
+    with optimize(model):
+        model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())

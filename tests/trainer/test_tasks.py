@@ -1,0 +1,123 @@
+"""Measures of the tasks: SQL, numbers, programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from cllm_trainer import sandbox
+from cllm_trainer.sql import columns_of, exact_set_match, make_database, run, same_result
+from cllm_trainer.tasks import HumanEval, final_answer, load_task
+from test_pipeline import SCHEMA
+
+QUERY = (
+    "SELECT T1.full_name, count(*) FROM Customer AS T1 JOIN Order_Item AS T2 ON T1.id = T2.customer_id "
+    "WHERE T2.price > 5 AND T1.age < 30 GROUP BY T1.id ORDER BY T1.age DESC LIMIT 1"
+)
+
+
+@pytest.mark.parametrize(
+    ("output", "same"),
+    [
+        (QUERY, True),
+        ("select count(*), a.full_name from customer as a join order_item as b on a.id = b.customer_id "
+         "where a.age < 99 and b.price > 1 group by a.id order by a.age desc limit 3", True),
+        (QUERY.replace(">", ">="), False),
+        (QUERY.replace("DESC", "ASC"), False),
+        (QUERY.replace(" LIMIT 1", ""), False),
+        (QUERY.replace("AND", "OR"), False),
+        (QUERY.replace("count(*)", "count(distinct T1.id)"), False),
+        (QUERY + " UNION SELECT age FROM customer", False),
+        ("select from where", False),
+        ("", False),
+    ],
+)  # fmt: skip
+def test_exact_set_match(output, same):
+    assert exact_set_match(output, QUERY, columns_of(SCHEMA)) is same
+
+
+def test_set_match_knows_nesting_and_bare_columns():
+    columns = columns_of(SCHEMA)
+    query = "select full_name from customer where id not in (select customer_id from order_item where price between 1 and 3)"
+    assert exact_set_match(query.replace("full_name", "customer.full_name").replace("3", "7"), query, columns)
+    assert not exact_set_match(query.replace("price", "id"), query, columns)
+    assert not exact_set_match(query.replace("not in", "in"), query, columns)
+
+
+def test_each_query_of_the_sample_matches_itself_alone():
+    rows = Path(__file__).parents[2] / "models" / "spider-cllm" / "held_out_sample.jsonl"
+    queries = [json.loads(line)["query"] for line in rows.read_text().splitlines()]
+    assert all(exact_set_match(query, query) for query in queries)
+    pairs = sum(exact_set_match(a, b) for a in queries for b in queries)
+    assert pairs < len(queries) + 12  # some differ in literals alone
+
+
+def test_results_on_generated_databases():
+    queries = ["select full_name from Customer where age > 30", "select avg(price) from Order_Item"]
+    databases = [make_database(SCHEMA, queries, seed) for seed in range(3)]
+    assert all(len(run(database, "select * from Customer")) > 0 for database in databases)
+    joined = "select count(*) from customer join order_item on customer.id = order_item.customer_id"
+    assert all(run(database, joined)[0][0] > 0 for database in databases)
+    assert same_result(databases, "select full_name from Customer where not age <= 30", queries[0]) is True
+    assert same_result(databases, "select full_name from Customer where age > 31", queries[0]) is not None
+    assert same_result(databases, "select full_name from Customer", queries[0]) is False
+    assert same_result(databases, "select nonsense", queries[0]) is False
+    assert same_result(databases, queries[0], "select nonsense") is None
+    ordered = "select full_name from Customer order by id"
+    assert same_result(databases, ordered + " desc", ordered) is False
+    assert same_result(databases, ordered + " desc", "select full_name from Customer") is True
+
+
+def test_queries_cannot_write_and_cannot_hang():
+    database = make_database(SCHEMA, [])
+    assert run(database, "drop table Customer") is None
+    assert run(database, "attach database '/tmp/x' as x") is None
+    assert len(run(database, "select * from Customer")) > 0
+    begin = time.perf_counter()
+    assert run(database, "select count(*) from " + ", ".join(f"Customer as t{i}" for i in range(8))) is None
+    assert time.perf_counter() - begin < 20
+
+
+def test_final_answers():
+    assert final_answer("so 3 and\n#### 1,234") == 1234
+    assert final_answer("It is -3.5 dollars, 7 left.") == 7
+    assert final_answer("none") is None
+
+
+@pytest.mark.parametrize(
+    ("program", "good"),
+    [("assert 1 + 1 == 2", True), ("assert False", False), ("raise SystemExit(0)", False), ("while True: pass", False),
+     ("x = bytearray(4 << 30)", False), ("import time; time.sleep(60)", False), ("open('f', 'w').write('x' * (2 << 20))", False),
+     ("import os\nassert 'PATH' not in os.environ or os.environ.get('HOME') is None", True)],
+)  # fmt: skip
+def test_programs_run_within_limits(program, good):
+    begin = time.perf_counter()
+    assert sandbox.passes(program, seconds=1.5) is good
+    assert time.perf_counter() - begin < 5
+
+
+def test_human_eval_takes_the_function_alone(tmp_path):
+    row = {
+        "task_id": "x",
+        "prompt": "def add(a, b):\n",
+        "test": "def check(f):\n    assert f(1, 2) == 3\n",
+        "entry_point": "add",
+    }
+    path = tmp_path / "h.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    task = HumanEval(path)
+    assert task.score(["    return a + b\n\nprint(undefined)"]) == {"pass@1": [True]}
+    assert task.score(["    return a - b\n"]) == {"pass@1": [False]}
+
+
+def test_bad_tasks_are_named(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"question": "a"}\n')
+    with pytest.raises(ValueError, match="'gsm9k'; it must be one of spider, gsm8k, humaneval, mt_bench"):
+        load_task("gsm9k", path)
+    with pytest.raises(ValueError, match="x.jsonl:1: no answer, which the task gsm8k needs"):
+        load_task("gsm8k", path)
+    with pytest.raises(ValueError, match="schemas are for the task spider"):
+        load_task("gsm8k", path, schemas=path)
