@@ -113,7 +113,7 @@ def _interleaved(benchmark, ours, alternatives, before) -> tuple[list[float], di
     return ours_times, times
 
 
-def compare(benchmark, report, ours, alternatives, flops, nbytes, dtype, before=lambda: None):
+def compare(benchmark, report, ours, alternatives, flops, nbytes, dtype, before=lambda: None, backend=BACKEND):
     """Times `ours` and the alternatives; `before` restores what a run changes.
 
     flops and nbytes are what the work needs at least: multiply-adds counted twice, and each byte of the caches or
@@ -147,7 +147,7 @@ def compare(benchmark, report, ours, alternatives, flops, nbytes, dtype, before=
         of_floor=floor / median,
         gflops=flops / median / 1e9,
         gbytes=nbytes / median / 1e9,
-        backend=BACKEND,
+        backend=backend,
         device=device_name(),
         threads=threads,
         torch=torch.__version__,

@@ -32,6 +32,7 @@ from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import JacobiCache, Processing, Session
 from cllm_kernels.decoding.session import capture, make_step
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.ops.block_attention import cuda_refusal
 from cllm_kernels.ops import JacobiState
 
 _LONG = 1 << 18
@@ -132,7 +133,7 @@ def measure(shape: str, dtype: torch.dtype, device: torch.device, widths, length
     rows = []
     model = random_model(shape, dtype, device)
     on_gpu = device.type == "cuda"
-    backend = backends.resolve("auto", device)
+    backend = backends.resolve("auto", device, cuda_refusal(dtype))
     room = 16 * (repeats + 32)
 
     def sync():

@@ -15,6 +15,7 @@ from measure import BACKEND, DEVICE, ON_GPU, compare
 
 from cllm_kernels import backends
 from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax
+from cllm_kernels.ops.block_attention import cuda_refusal
 from cllm_kernels.ops.append_kv import rotate
 
 DTYPES = {"bf16": torch.bfloat16} if ON_GPU else {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -68,6 +69,7 @@ def flex_alternative(query, keys, values, length):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_block_attention(benchmark, report, threads, dtype, shape, batch, width, length):
     heads, kv_heads, dim = SHAPES[shape]
+    backend = backends.resolve("auto", DEVICE, cuda_refusal(DTYPES[dtype], dim, dim))
     rows = length + width
     make = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
     query = make(batch, width, heads, dim)
@@ -91,11 +93,12 @@ def test_block_attention(benchmark, report, threads, dtype, shape, batch, width,
         compare(
             benchmark,
             report,
-            lambda: block_attention(query, keys, values, lengths, starts, backend=BACKEND),
+            lambda: block_attention(query, keys, values, lengths, starts, backend=backend),
             alternatives,
             flops=4 * batch * heads * width * rows * dim,
             nbytes=keys.nbytes + values.nbytes,
             dtype=DTYPES[dtype],
+            backend=backend,
         )
 
 
@@ -202,7 +205,7 @@ def test_lm_head_argmax(benchmark, report, head, width):
         compare(
             benchmark,
             report,
-            lambda: lm_head_argmax(hidden, weight, backend=BACKEND),
+            lambda: lm_head_argmax(hidden, weight, backend="triton"),
             {
                 "linear, argmax": lambda: F.linear(hidden, weight).argmax(-1),
                 "linear alone": lambda: F.linear(hidden, weight),
@@ -210,4 +213,5 @@ def test_lm_head_argmax(benchmark, report, head, width):
             flops=2 * width * vocabulary * size,
             nbytes=weight.nbytes + hidden.nbytes,
             dtype=hidden.dtype,
+            backend="triton",
         )

@@ -46,7 +46,9 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
         --repeats 20 --json "$OUT/steps_$gpu.json" ;;
     kernels)
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks --benchmark-only --benchmark-json="$OUT/kernels_$gpu.json" \
-        && "$PYTHON" benchmarks/plot.py "$OUT/kernels_$gpu.json" ;;
+        && "$PYTHON" benchmarks/plot.py "$OUT/kernels_$gpu.json" \
+        && CLLM_BACKEND=triton "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py \
+          -k "not lm_head" --benchmark-only --benchmark-json="$OUT/kernels_${gpu}_triton.json" ;;
     *) echo "no such stage: $1; there are build, wheel, test, sanitize, decode, steps and kernels"; return 1 ;;
   esac
 }

@@ -337,7 +337,8 @@ CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
 
   if (a.splits > 1 && range.begin >= range.end) {  // an empty split
     const int64_t slot = ((batch * p.kv_heads + head) * a.splits + split) * a.rows;
-    for (int row = tile * Tile::rows + threadIdx.x; row < smaller((tile + 1) * Tile::rows, a.rows); row += Tile::threads)
+    const int behind = smaller((tile + 1) * Tile::rows, a.rows);
+    for (int row = tile * Tile::rows + threadIdx.x; row < behind; row += Tile::threads)
       a.partial_lse[slot + row] = -INFINITY;
   } else {
     const auto* key_rows = static_cast<const uint16_t*>(p.key_cache.data) + batch * p.key_cache.strides[0] +
@@ -362,7 +363,8 @@ CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
     for (int index = threadIdx.x; index < Tile::rows * Tile::chunks; index += Tile::threads) {
       const int local = index / Tile::chunks, at = index % Tile::chunks * 8;
       const int row = smaller(tile * Tile::rows + local, a.rows - 1);
-      const uint16_t* from = query_rows + row / group * p.query.strides[1] + (head * group + row % group) * p.query.strides[2];
+      const uint16_t* from =
+          query_rows + row / group * p.query.strides[1] + (head * group + row % group) * p.query.strides[2];
       uint16_t* to = queries + local * Tile::stride + at;
       if (a.aligned) {
         copy_async(to, at < dim ? from + at : from, at < dim);
@@ -398,7 +400,8 @@ CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
       uint16_t* keys = stages + step % Tile::stages * 2 * part;
       uint16_t* values = keys + part;
       const int first = range.begin + step * Tile::keys;
-      const bool masked = first < range.all_begin || first + Tile::keys > range.all_end || first + Tile::keys > range.end;
+      const int next = first + Tile::keys;
+      const bool masked = first < range.all_begin || next > range.all_end || next > range.end;
       if (masked) {
         // A weight of 0 does not remove a value that is not finite, so these are taken out.
         bool broken = false;
@@ -420,7 +423,8 @@ CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
         }
       }
       warp.step(queries, keys + key_warp * Tile::warp_keys * Tile::stride,
-                values + key_warp * Tile::warp_keys * Tile::stride, first + key_warp * Tile::warp_keys, masked, scale, cap);
+                values + key_warp * Tile::warp_keys * Tile::stride, first + key_warp * Tile::warp_keys, masked, scale,
+                cap);
     }
     wait_for_copies<0>();  // of the queries, where no step waited for them
     write_rows<T, Tile>(a, warp, memory, tile, split, batch, head);

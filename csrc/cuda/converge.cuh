@@ -266,7 +266,7 @@ struct TailCounts {
 };
 // Shared memory before the rows: a key of each warp, the counts, and whether the block is the last.
 constexpr int64_t converge_head = converge_warps * 8 + 16;
-static_assert(converge_head + converge_warps * row_bytes(largest_window) <= 99 * 1024, "a block can have this on all GPUs");
+static_assert(converge_head + converge_warps * row_bytes(largest_window) <= 99 * 1024, "any GPU gives a block as much");
 
 // The best key of each position that runs to keys[position][0], by teams of as many lanes as there are splits, so that
 // what other blocks wrote is read in few rounds. Returns how many rows run, of those that this thread looked at.
