@@ -53,8 +53,8 @@ def main(source):
     results = json.loads(Path(source).read_text())["benchmarks"]
     ops = collections.defaultdict(lambda: collections.defaultdict(list))
     for result in results:
-        parameters, facts = dict(result["params"]), result["extra_info"]
-        if parameters.get("threads") == "one thread":
+        parameters, facts = dict(result["params"] or {}), result["extra_info"]
+        if "alternatives_s" not in facts or parameters.get("threads") == "one thread":
             continue
         op = result["name"].split("[")[0].removeprefix("test_")
         fixed = [str(parameters[key]) for key in ("dtype", "shape") if key in parameters]
@@ -65,7 +65,7 @@ def main(source):
                 ops["block_attention over width"][", ".join([*fixed, "L 1024"])].append((parameters, facts))
         elif op == "converge":
             ops["converge_ over vocabulary"][", ".join([*fixed, "n 16"])].append((parameters, facts))
-    facts = results[-1]["extra_info"]
+    facts = next(result["extra_info"] for result in results if "alternatives_s" in result["extra_info"])
     device = facts["device"] if "CPU" not in facts["device"] else f"{facts['device']}, {facts['threads']} threads"
     for name, panels in ops.items():
         x = name.rsplit(" ", 1)[1]
