@@ -62,13 +62,8 @@ SHAPES = {
 
 
 def random_model(shape: str, dtype: torch.dtype, device: torch.device):
-    config = SHAPES[shape]()
     with torch.device(device):
-        torch.set_default_dtype(dtype)
-        try:
-            return AutoModelForCausalLM.from_config(config).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
+        return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype).eval()
 
 
 def fill(cache, model, length: int, dtype: torch.dtype, device: torch.device) -> None:
