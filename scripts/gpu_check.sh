@@ -58,4 +58,12 @@ for name in "${stages[@]}"; do
   stage "$name" 2>&1 | tee "$OUT/$name.log" || failed+=("$name")
   echo "== $name took $((SECONDS - begin)) s"
 done
+# All results as one file, with what failed.
+"$PYTHON" - "$OUT" "$gpu" "${failed[@]}" <<'END'
+import json, pathlib, sys
+folder, gpu, failed = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+parts = {name: folder / f"{name}_{gpu}.json" for name in ("kernels", "decode", "steps")}
+rows = {name: json.loads(path.read_text()) for name, path in parts.items() if path.exists()}
+(folder / f"{gpu}.json").write_text(json.dumps({"gpu": gpu, "failed": failed} | rows) + "\n")
+END
 [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; }

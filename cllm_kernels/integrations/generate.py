@@ -478,6 +478,8 @@ def _check_lengths(
 
 # On CUDA devices, shapes are rounded up to these, so that prompts of many lengths share a captured graph.
 _PROMPT_STEP, _OUTPUT_STEP = 128, 128
+# Graphs that a generator keeps with their caches, for batches of other sizes; the least recent goes first.
+_KEPT_SESSIONS = 3
 
 
 def _session(
@@ -519,8 +521,9 @@ def _session(
             "session", rows, width + extra, output, len(eos), config.width, config.mode, config.refill,
             processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
         )  # fmt: skip
-        session = memory.get(key)
+        session = memory.pop(key, None)
         if session is not None:
+            memory[key] = session  # the latest
             session.restart(state, pads)
             return session
     bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
@@ -530,8 +533,8 @@ def _session(
     forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
     session = Session(forward, state, bounds, max_position, cache)
     if kept:
-        # One at a time: its cache may be large.
-        for old in [other for other in memory if other[0] == "session"]:
+        # Few, since each holds a cache.
+        for old in [other for other in memory if other[0] == "session"][: 1 - _KEPT_SESSIONS]:
             del memory[old]
         memory[key] = session
     return session

@@ -35,7 +35,7 @@ class TrainConfig:
         ValueError: a setting is out of its range, or two of them exclude each other.
     """
 
-    epochs: float = _setting(1.0, "passes over the rows", f"{_CLLM}, table 6: 1 epoch of most data", (0, None))
+    epochs: float = _setting(1.0, "passes over the rows", f"{_CLLM}: 1 epoch of most data", (0, None))
     batch_size: int = _setting(32, "rows a step and process", _BUNDLED, (1, None))
     accumulate: int = _setting(1, "steps whose gradients are summed up for one update", "none by default", (1, None))
     learning_rate: float = _setting(3e-4, "of AdamW", _BUNDLED + "; the paper takes 2e-5 for 7B", (0, None))
@@ -46,31 +46,31 @@ class TrainConfig:
         None, "the n that the rows must have been made for; any without", "none", (2, None)
     )
     schedule: str = _setting(
-        "trajectory", "how states are chosen (TrajectoryDataset)", f"{_CLLM}, algorithm 2", SCHEDULES
+        "trajectory", "how states are chosen (TrajectoryDataset)", f"{_CLLM}: a random state of the trajectory", SCHEDULES
     )
     cycle: int = _setting(
         16, "blocks over which the noise of schedule cyclic rises", f"{_FORCING}, data set n32w16", (1, None)
     )
     chained: bool = _setting(False, "noisy blocks see the noisy ones before them", f"{_CLLM}; true is {_FORCING}")
     augment: float = _setting(
-        0.5, "share of the states that get some drafts set right", f"{_CLLM}, section 3.2.1", (0, 1)
+        0.5, "share of the states that get some drafts set right", f"{_CLLM}: data augmentation", (0, 1)
     )
     on_policy: bool = _setting(
         False, "states move on with the model that is trained, one iteration a visit", f"{_CLLM}: off"
     )
     consistency: str = _setting(
-        "global", "teacher: the fixed point, or the next state", f"{_CLLM}, eq. 4", ("global", "local")
+        "global", "teacher: the fixed point, or the next state", f"{_CLLM}: global, which it found better", ("global", "local")
     )
     divergence: str = _setting(
-        "forward", "forward or reverse KL from the teacher, or JSD", f"{_CLLM}, eq. 4", DIVERGENCES
+        "forward", "forward or reverse KL from the teacher, or JSD", f"{_CLLM}: forward", DIVERGENCES
     )
-    consistency_weight: float = _setting(1.0, "of the consistency loss", f"{_CLLM}, eq. 7", (0, None))
+    consistency_weight: float = _setting(1.0, "of the consistency loss", f"{_CLLM}: 1", (0, None))
     distance_decay: float = _setting(
         1.0, "weight of each further draft behind the first wrong one", f"{_CLLM}: 1", (0, 1)
     )
     ar_weight: float = _setting(1.0, "of the cross entropy", _BUNDLED + "; the paper takes 10 for 7B", (0, None))
     ar_on: str = _setting(
-        "output", "cross entropy on the output, or the truth where there is one", f"{_CLLM}, eq. 6", ("output", "truth")
+        "output", "cross entropy on the output, or the truth where there is one", f"{_CLLM}: output", ("output", "truth")
     )
     target_weight: float = _setting(
         0.0, "of the KL from the frozen target on the clean output", f"{_CLLM}: none", (0, None)
