@@ -117,8 +117,7 @@ def test_converge(benchmark, report, threads, dtype, vocabulary):
     fresh = state.clone()
 
     def restore():
-        for tensor, value in zip(state.tensors(), fresh.tensors()):
-            tensor.copy_(value)
+        state.copy_(fresh)
 
     alternatives = {
         "torch": lambda: converge_(logits, state, backend="torch"),

@@ -63,8 +63,7 @@ def test_iteration(draft, vocabulary, benchmark):
     state, kept = session.state, session.state.clone()
 
     def restore():
-        for tensor, old in zip(state.tensors(), kept.tensors(), strict=True):
-            tensor.copy_(old)
+        state.copy_(kept)
 
     parts = {
         "positions": _median(lambda: session.window_positions(config.width)),

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import torch
 import transformers
-from helpers import EOS, PAD, VOCABULARY
+from helpers import COMMON
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-_TOKENS = dict(vocab_size=VOCABULARY, pad_token_id=PAD, eos_token_id=EOS, bos_token_id=2)
+_TOKENS = {name: COMMON[name] for name in ("vocab_size", "pad_token_id", "eos_token_id", "bos_token_id")}
 # Weights large enough that outputs depend on the whole prompt and do not fall into a repetition at once.
-_COMMON = _TOKENS | dict(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    initializer_range=0.3,
-)
+_COMMON = COMMON | dict(initializer_range=0.3)
 _MHA = _COMMON | dict(num_key_value_heads=4)
 _NO_GQA = {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
 _GPT2 = _TOKENS | dict(n_embd=64, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3)

@@ -18,7 +18,7 @@ from transformers import (
 VOCABULARY = 97
 PAD, EOS = 0, 1
 
-_COMMON = dict(
+COMMON = dict(
     vocab_size=VOCABULARY,
     hidden_size=64,
     intermediate_size=96,
@@ -33,20 +33,20 @@ _COMMON = dict(
 
 # The windows of 8 are shorter than what the tests decode, so that sliding matters.
 FAMILIES = {
-    "llama": lambda: LlamaConfig(**_COMMON),
-    "qwen2": lambda: Qwen2Config(**_COMMON),
-    "qwen3": lambda: Qwen3Config(**_COMMON, head_dim=16),
-    "mistral": lambda: MistralConfig(**_COMMON, sliding_window=8),
+    "llama": lambda: LlamaConfig(**COMMON),
+    "qwen2": lambda: Qwen2Config(**COMMON),
+    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=16),
+    "mistral": lambda: MistralConfig(**COMMON, sliding_window=8),
     "gemma2": lambda: Gemma2Config(
-        **_COMMON,
+        **COMMON,
         head_dim=16,
         sliding_window=8,
         query_pre_attn_scalar=16,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
     ),
-    "phi3": lambda: Phi3Config(**_COMMON),
-    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in _COMMON.items() if k != "num_key_value_heads"}),
+    "phi3": lambda: Phi3Config(**COMMON),
+    "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
 }
 
 

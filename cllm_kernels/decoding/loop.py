@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
 import torch
 
-from ..ops import JacobiState, converge_
+from ..ops import JacobiState
 from .adaptive import AdaptiveChoice
 from .config import JacobiConfig
 from .drafts import LookupDrafts
 from .processing import Processing, Stopping
-from .session import Session, check_status, run_chunks, runs_on_device
+from .session import Session, check_status, converge, run_chunks, runs_on_device
 from .statistics import JacobiStatistics, RowStatistics
 
 _STOP_REASONS = {1: "eos", 2: "length", 3: "criterion"}
@@ -96,23 +97,18 @@ def decode(
 
     def advance(logits: torch.Tensor) -> int:
         scores = processing(logits, state)
-
-        def converge() -> None:
-            converge_(
-                scores, state, mode=config.mode, refill=config.refill, temperature=processing.temperature, backend=backend
-            )
-
+        commit = functools.partial(converge, scores, state, config, processing, backend)
         if looks:
             produced = state.produced.tolist()
             before = state.clone() if stopping is not None else None
-            converge()
+            commit()
             for kept, values in ((kept_scores, scores), (kept_logits, logits)):
                 if kept is not None:
                     kept.add(values, produced)
             if stopping is not None:
-                _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns()), state, before, converge)
+                _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns()), state, before, commit)
         else:
-            converge()
+            commit()
         running, broken = state.status.tolist()
         check_status(broken)
         if on_commit is not None:
@@ -193,18 +189,17 @@ def decode(
 
 
 def _stop(
-    stops: dict[int, int], state: JacobiState, before: JacobiState, converge: Callable[[], None]
+    stops: dict[int, int], state: JacobiState, before: JacobiState, commit: Callable[[], None]
 ) -> None:
     """Ends rows after so many new tokens. Where a step committed more, it is taken again with that limit."""
     if not stops:
         return
     produced = state.produced.tolist()
     if any(count < produced[row] for row, count in stops.items()):
-        for tensor, old in zip(state.tensors(), before.tensors(), strict=True):
-            tensor.copy_(old)
+        state.copy_(before)
         for row, count in stops.items():
             state.limits[row] = min(count, int(state.limits[row]))
-        converge()
+        commit()
     for row in stops:
         if state.done[row] != 1:
             state.done[row] = 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -87,8 +88,7 @@ class Session:
         """Begins with another prompt of the same shapes."""
         self.state = self.whole
         self.order = list(range(self.state.rows))
-        for tensor, new in zip(self.state.tensors(), state.tensors(), strict=True):
-            tensor.copy_(new)
+        self.state.copy_(state)
         self.bounds[1].copy_(starts)
 
 
@@ -155,6 +155,15 @@ class Poll:
         return self.copies
 
 
+def converge(
+    scores: torch.Tensor, state: JacobiState, config: JacobiConfig, processing: Processing, backend: str
+) -> None:
+    """``converge_`` as the configuration has it, on scores that have been processed."""
+    converge_(
+        scores, state, mode=config.mode, refill=config.refill, temperature=processing.temperature, backend=backend
+    )
+
+
 def make_step(session: Session, config: JacobiConfig, processing: Processing, backend: str) -> Callable[[], None]:
     """An iteration: forward over the window, then ``converge_``. It reads nothing on the host."""
     state = session.state
@@ -162,10 +171,7 @@ def make_step(session: Session, config: JacobiConfig, processing: Processing, ba
 
     def step() -> None:
         logits = session.forward(state.window, session.window_positions(width), width)
-        converge_(
-            processing(logits, state), state, mode=config.mode, refill=config.refill,
-            temperature=processing.temperature, backend=backend,
-        )  # fmt: skip
+        converge(processing(logits, state), state, config, processing, backend)
 
     return step
 
@@ -215,7 +221,7 @@ def run_chunks(
 
     polls = [Poll(state, on_tokens is not None) for _ in range(2)]
     last = None
-    for turn in range(2**62):
+    for turn in itertools.count():
         session.replay()
         done += session.chunk
         poll = polls[turn % 2]

@@ -278,21 +278,29 @@ class JacobiGenerator:
             compiled=self.model if hasattr(self.model, "_orig_mod") else None,
             memory=self._memory,
         )
-        # generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without.
-        model = self.causal_lm
-        own = model.generation_config
-        try:
-            if own.stop_strings is not None:
-                model.generation_config = _without_stop_strings(own)
+        with stop_strings_hidden(self.causal_lm) as model:
             output = type(model).generate(
                 model, inputs, return_dict_in_generate=True, custom_generate=call, **kwargs
             )
-        finally:
-            model.generation_config = own
         self.statistics, self.trajectory = output.statistics, output.trajectory
         if returns_dict is None:
-            returns_dict = (given or own).return_dict_in_generate
+            returns_dict = (given or model.generation_config).return_dict_in_generate
         return output if returns_dict else output.sequences
+
+
+@contextlib.contextmanager
+def stop_strings_hidden(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
+    """Takes the stop strings out of the model's own configuration inside the context.
+
+    generate keeps the tokenizer from a custom_generate callable, and raises where it meets stop strings without one.
+    """
+    own = model.generation_config
+    try:
+        if own.stop_strings is not None:
+            model.generation_config = _without_stop_strings(own)
+        yield model
+    finally:
+        model.generation_config = own
 
 
 def _without_stop_strings(config: GenerationConfig) -> GenerationConfig:

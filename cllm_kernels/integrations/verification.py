@@ -26,6 +26,7 @@ from .generate import (
     _evaluation_mode,
     _row_seeds,
     _without_stop_strings,
+    stop_strings_hidden,
     window_forward,
 )
 
@@ -166,14 +167,10 @@ def verify(
         lengths=lengths,
         config=JacobiConfig(block_size=block_size, backend=backend),
     )
-    own = causal_lm.generation_config
-    try:
-        causal_lm.generation_config = _without_stop_strings(own)
+    with stop_strings_hidden(causal_lm):
         return type(causal_lm).generate(
             causal_lm, input_ids, attention_mask=attention_mask, custom_generate=call, **kwargs
         )
-    finally:
-        causal_lm.generation_config = own
 
 
 def _rescore(

@@ -198,6 +198,11 @@ class JacobiState(_Fields):
         """A state whose tensors are copies."""
         return JacobiState(*(tensor.clone() for tensor in self.tensors()))
 
+    def copy_(self, other: JacobiState) -> None:
+        """Takes the values of another state of the same sizes; the tensors stay where they are."""
+        for tensor, new in zip(self.tensors(), other.tensors(), strict=True):
+            tensor.copy_(new)
+
     def refill_all_(self, refill: str = "context") -> None:
         """Replaces the drafts `window[:, 1:]` of every row, also in `kept` and `since`, without a host sync.
 

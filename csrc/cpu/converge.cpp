@@ -45,7 +45,7 @@ void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill 
   const Kernels& run = kernels();
   const int64_t n = state.width, splits = (logits.vocabulary + split_logits - 1) / split_logits;
   const int64_t positions = static_cast<int64_t>(running.size()) * n, tasks = positions * splits;
-  const int64_t element_size = logits.dtype == DType::f32 ? 4 : 2;
+  const int64_t bytes = element_size(logits.dtype);
   const bool parallel = positions * logits.vocabulary >= parallel_logits;
   std::vector<Best> found(tasks);
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (parallel && threads > 1)
@@ -53,7 +53,7 @@ void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill 
     const int64_t position = task / splits, begin = task % splits * split_logits;
     const int64_t row = running[position / n], i = position % n;
     const int64_t offset = row * logits.row_stride + i * logits.position_stride + begin;
-    const char* values = static_cast<const char*>(logits.data) + offset * element_size;
+    const char* values = static_cast<const char*>(logits.data) + offset * bytes;
     const int64_t count = std::min(split_logits, logits.vocabulary - begin);
     if (inverse_temperature == 0) {
       found[task] = run.argmax(values, count, logits.dtype);
