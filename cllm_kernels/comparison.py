@@ -125,7 +125,7 @@ def compare_models(
 def device_name(device: torch.device) -> str:
     """The model of the GPU or CPU."""
     if device.type == "cuda":
-        return torch.cuda.getdevice_name(device)
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
