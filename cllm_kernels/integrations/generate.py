@@ -603,7 +603,8 @@ def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | Non
 @contextlib.contextmanager
 def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:  # eval() walks all modules too
+        model.eval()
     try:
         yield
     finally:
