@@ -34,7 +34,7 @@ _SET_OPERATORS = ("union", "intersect", "except")
 _CLAUSES = ("select", "from", "where", "group", "order", "limit", *_SET_OPERATORS)
 _CLAUSE_ENDS = (*_CLAUSES, ")", ";", "")
 _CONDITION_ENDS = (*_CLAUSE_ENDS, "join", "on", "as")
-_VALUE_ENDS = {*_CONDITION_ENDS, "and", ","} - {";"}
+_VALUE_ENDS = (*_CONDITION_ENDS, "and", ",")
 
 
 def tokenize(query: str) -> list[str]:
@@ -147,8 +147,6 @@ class _Parser:
         having = self._conditions(scope) if self.take("having") else _Conditions()
         order = self._keys(scope, ("asc", "desc")) if self.take("order") else ()
         limit = self.take("limit") and bool(self.next())
-        while self.take(";"):
-            pass
         if bracket:
             self.expect(")")
         operation = (self.next(), self.query()) if self.peek() in _SET_OPERATORS else ()
@@ -182,13 +180,14 @@ class _Parser:
 
     def _known(self, table: str, column: str | None = None) -> str:
         """``table``, or ``table.column``, where they exist."""
+        name = table if column is None else column
         if self.schema:
-            known = table in self.schema.columns and (column is None or column in self.schema.columns[table])
+            known = table in self.schema.columns and column in (None, *self.schema.columns[table])
         else:
-            known = (column or table) not in _VALUE_ENDS and (column or table)[0].isalnum()
+            known = name not in _VALUE_ENDS and re.match(r"\w", name) is not None
         if not known:
-            raise ValueError(f"no {table}, or no {column} in it")
-        return table if column is None else f"{table}.{column}"
+            raise ValueError(f"no table or column {name}")
+        return name if column is None else f"{table}.{column}"
 
     def _column(self, scope: list[str]) -> str:
         token = self.next()
