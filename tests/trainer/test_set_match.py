@@ -47,6 +47,7 @@ PAIRS = {
         (ONE, ("LIMIT 3", "LIMIT 9"), True), (ONE, (" LIMIT 3", ""), False), (THREE, ("'Ada'", '"Bob"'), True),
         (THREE, ("'Ada'", "'O''Hara'"), False), (THREE, ("'Ada'", "'O'Hara'"), False),
         (NESTED, ("> 5", "> 77"), True), (INNER, ("> 5", "> 77"), False), (BETWEEN, ("5 AND 9", "1 AND 2"), True),
+        ("SELECT count(*) FROM (SELECT ID FROM Book WHERE Price BETWEEN 5 AND 9)", ("5 AND 9", "5 AND 10"), False),
     ],
     "order of parts": [
         (ONE, ("Title, Price", "Price, Title"), True),
@@ -88,6 +89,7 @@ PAIRS = {
                   "UNION SELECT T2.Name FROM Author AS T2 WHERE T2.Born"), False),
         ("SELECT T1.ID FROM Author AS T1 EXCEPT SELECT T1.ID FROM Book AS T1",
          ("T1.ID FROM Book AS T1", "T2.ID FROM Book AS T2"), False),
+        ("SELECT T1.ID FROM Author AS T1 EXCEPT SELECT T1.ID FROM Book AS T1", ("T1.ID FROM Book", "Book.ID FROM Book"), True),
     ],
     "foreign keys": [
         (JOINED, ("GROUP BY T1.ID", "GROUP BY T2.Author_ID"), True), (JOINED, ("GROUP BY T1.ID", "GROUP BY T2.ID"), False),
@@ -129,6 +131,7 @@ PAIRS = {
         (ONE, ("Title, Price", "Title Price"), True), (ONE, ("LIMIT 3", "LIMIT 3 OFFSET 2"), True),
         ("SELECT Title FROM Book AS T1 JOIN Loan AS T2", ("T2", "T2 ON"), True),
         (KEYS, ("Price ASC", "Price ASC and so on"), True), (BETWEEN, ("'%a%'", "'%a%' and so on"), False),
+        (BETWEEN, ("'%a%'", "'%a%' 301"), False),
     ],
 }  # fmt: skip
 
