@@ -38,6 +38,22 @@ def test_queries_cannot_write_and_cannot_hang():
     assert time.perf_counter() - begin < 20
 
 
+def test_spider_scores_with_and_without_schemas(tmp_path):
+    query = "select t1.id, t2.price from customer as t1 join order_item as t2 on t1.id = t2.customer_id"
+    questions, schemas = tmp_path / "questions.jsonl", tmp_path / "tables.json"
+    queries = (query, query, "select nonsense from customer")
+    rows = [{"db_id": "shop", "question": "?", "query": text} for text in queries]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    schemas.write_text(json.dumps([SCHEMA]))
+    outputs = [query, query.replace("t1.id,", "t2.customer_id,"), query]
+    assert load_task("spider", questions, schemas=schemas).score(outputs) == {
+        "exact_set_match": [True, True, None], "exact_match": [True, False, False], "execution": [True, True, None],
+    }  # fmt: skip
+    assert load_task("spider", questions).score(outputs) == {
+        "exact_set_match": [True, False, False], "exact_match": [True, False, False],
+    }  # fmt: skip
+
+
 def test_final_answers():
     assert final_answer("so 3 and\n#### 1,234") == 1234
     assert final_answer("It is -3.5 dollars, 7 left.") == 7
