@@ -1,141 +1,20 @@
-"""Spider's two measures: exact set match, and execution on databases that are made from the schemas.
+"""Spider's other measure: execution, on databases that are made from the schemas.
 
-Own code after Yu et al. 2018 (arXiv 1809.08887) and the description of its evaluation; counts can differ from those
-of the official script, and execution differs by its databases, whose rows are generated.
+It differs from the benchmark's by its databases, whose rows are generated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import random
-import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 
-from cllm_kernels.spider import canonical_sql
+from .set_match import NUMBER, tokenize
 
-_CLAUSES = ("select", "from", "where", "group by", "having", "order by", "limit")
-_SET_OPERATORS = ("union", "intersect", "except")
-_TOKEN = re.compile(r"'(?:[^']|'')*'|<=|>=|<>|!=|[=<>(),+\-/*]|[^\s=<>!(),'+\-/*]+")
-_NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _STEPS = 200_000  # of SQLite's virtual machine, in thousands: about a second
 ROWS = 24
-
-
-def tokenize(query: str) -> list[str]:
-    """Tokens of a canonical query; ``group by`` and ``order by`` are one."""
-    tokens: list[str] = []
-    for token in _TOKEN.findall(canonical_sql(query)):
-        if token == "by" and tokens and tokens[-1] in ("group", "order"):
-            tokens[-1] += " by"
-        else:
-            tokens.append("!=" if token == "<>" else token)
-    return tokens
-
-
-def _split(tokens: list[str], separators: tuple[str, ...]) -> list[tuple[str, list[str]]]:
-    """``(separator before it, tokens)`` of each part outside brackets."""
-    parts, depth, current, name = [], 0, [], ""
-    for token in tokens:
-        depth += (token == "(") - (token == ")")
-        if depth == 0 and token in separators:
-            parts.append((name, current))
-            name, current = token, []
-        else:
-            current.append(token)
-    return [*parts, (name, current)]
-
-
-def components(query: str, columns: dict[str, list[str]] | None = None) -> tuple:
-    """What exact set match compares: each clause as a set, literals as one value, aliases resolved.
-
-    Args:
-        columns: of each table, in lower case; with it, a bare column name gets the one table of FROM that has it.
-    """
-    return _components(tokenize(query), columns or {})
-
-
-def _components(tokens: list[str], columns: dict[str, list[str]]) -> tuple:
-    parts = _split(tokens, _SET_OPERATORS)
-    if len(parts) > 1:
-        return tuple((operator, _components(part, columns)) for operator, part in parts)
-    clauses = {name: part for name, part in _split(tokens, _CLAUSES) if name}
-    tables, aliases = [], {}
-    for _, part in _split(clauses.get("from", []), ("join", ",")):
-        name = part[:1]
-        if name and name[0] != "(":
-            tables.append(name[0])
-            if "as" in part:
-                aliases[part[part.index("as") + 1]] = name[0]
-
-    def resolve(token: str) -> str:
-        if token[0] == "'" or _NUMBER.fullmatch(token):
-            return "value"
-        if "." in token:
-            table, column = token.split(".", 1)
-            return f"{aliases.get(table, table)}.{column}"
-        owners = [table for table in tables if token in columns.get(table, ())]
-        return f"{owners[0]}.{token}" if len(owners) == 1 else token
-
-    def items(part: list[str], *separators: str) -> frozenset:
-        return frozenset(Counter(item(tokens) for _, tokens in _split(part, separators)).items())
-
-    def item(part: list[str]) -> tuple:
-        if "(" in part:
-            at = part.index("(")
-            if part[at + 1 : at + 2] == ["select"]:
-                end = len(part) - 1 - part[::-1].index(")")
-                return (*item(part[:at]), _components(part[at + 1 : end], columns), *item(part[end + 1 :]))
-        return tuple(resolve(token) for token in part)
-
-    found: dict[str, object] = {}
-    for name, part in clauses.items():
-        if name == "select":
-            found[name] = (part[:1] == ["distinct"], items(part[part[:1] == ["distinct"] :], ","))
-        elif name == "from":
-            inner = [item(source) for _, source in _split(part, ("join",)) if source[:1] == ["("]]
-            found[name] = (frozenset(Counter(tables).items()), frozenset(inner))
-        elif name in ("where", "having"):
-            joined = _between(part)
-            found[name] = (items(joined, "and", "or"), "or" in joined)
-        elif name == "group by":
-            found[name] = items(part, ",")
-        elif name == "order by":
-            keys = [tokens for _, tokens in _split(part, (",",))]
-            found[name] = tuple((item([t for t in key if t not in ("asc", "desc")]), "desc" in key) for key in keys)
-        else:
-            found[name] = True  # that there is a limit; its number is a literal
-    return tuple(sorted(found.items()))
-
-
-def _between(tokens: list[str]) -> list[str]:
-    """The ``and`` of ``between a and b`` becomes part of the condition."""
-    result, waiting = [], False
-    for token in tokens:
-        if token == "and" and waiting:
-            token, waiting = "..", False
-        waiting = waiting or token == "between"
-        result.append(token)
-    return result
-
-
-def exact_set_match(output: str, query: str, columns: dict[str, list[str]] | None = None) -> bool:
-    """Whether both queries have the same components. What cannot be taken apart matches nothing."""
-    try:
-        return components(output, columns) == components(query, columns)
-    except (IndexError, ValueError):
-        return False
-
-
-def columns_of(schema: dict) -> dict[str, list[str]]:
-    """The columns of each table of an entry of Spider's ``tables.json``, in lower case."""
-    tables = [name.lower() for name in schema["table_names_original"]]
-    found: dict[str, list[str]] = {table: [] for table in tables}
-    for table, name in schema["column_names_original"]:
-        if table >= 0:
-            found[tables[table]].append(name.lower())
-    return found
 
 
 def make_database(schema: dict, queries: list[str], seed: int = 0) -> sqlite3.Connection:
@@ -151,7 +30,7 @@ def make_database(schema: dict, queries: list[str], seed: int = 0) -> sqlite3.Co
         "beta",
         "gamma",
     ]
-    numbers = sorted({float(token) for token in literals if _NUMBER.fullmatch(token)}) + [1, 2, 3, 5, 10, 50]
+    numbers = sorted({float(token) for token in literals if NUMBER.fullmatch(token)}) + [1, 2, 3, 5, 10, 50]
     numbers = [int(number) if number == int(number) else number for number in numbers]
     parents = dict(schema.get("foreign_keys", []))
     kept: dict[int, list] = {}
@@ -215,7 +94,7 @@ def same_result(databases: list[sqlite3.Connection], output: str, query: str) ->
 
     None where ``query`` itself does not run, so that nothing can be said.
     """
-    ordered = "order by" in tokenize(query)
+    ordered = "order" in tokenize(query)
     for database in databases:
         wanted = run(database, query)
         if wanted is None:

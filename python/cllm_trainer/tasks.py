@@ -14,7 +14,8 @@ from pathlib import Path
 from cllm_kernels.spider import exact_match, prompt_for, read_questions
 
 from . import sandbox
-from .sql import columns_of, exact_set_match, make_database, same_result
+from .set_match import exact_set_match, schema_of
+from .sql import make_database, same_result
 
 Measures = dict[str, list[bool | None]]
 
@@ -73,11 +74,11 @@ class Spider(Task):
         return [prompt_for(row) for row in self.rows]
 
     def score(self, outputs: list[str]) -> Measures:
-        columns = {name: columns_of(schema) for name, schema in self.schemas.items()}
+        schemas = {name: schema_of(entry) for name, entry in self.schemas.items()}
         pairs = list(zip(outputs, self.rows, strict=True))
         measures: Measures = {
             "exact_set_match": [
-                exact_set_match(output, row["query"], columns.get(row["db_id"])) for output, row in pairs
+                exact_set_match(output, row["query"], schemas.get(row["db_id"])) for output, row in pairs
             ],
             "exact_match": [exact_match(output, row["query"]) for output, row in pairs],
         }
