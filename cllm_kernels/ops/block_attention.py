@@ -221,7 +221,8 @@ def _implementation(
 
         check_room(lengths, width, capacity)
         _check_starts(starts)
-        return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
     out = query.new_empty(batch, width, heads, value_dim)
     lse = query.new_empty(batch, heads, width, dtype=torch.float32)
     arguments = (
