@@ -177,7 +177,9 @@ def jacobi_generate(
             on_commit = functools.partial(_stream, text_streamer, on_commit)
         stack.enter_context(_evaluation_mode(model))
         if attention == "block":
-            stack.enter_context(block_attention_enabled(model, chosen))
+            # "auto" stays with the op, which knows what was measured for its sizes.
+            own = "auto" if config.backend == "auto" and chosen == "cuda" else chosen
+            stack.enter_context(block_attention_enabled(model, own))
         if config.optimize and compiled is None:
             stack.enter_context(optimized(model, chosen))
         stack.enter_context(torch.inference_mode())
