@@ -5,13 +5,18 @@
 
 A step is a forward over the window behind a cache of the given length, and what turns its logits into tokens. The
 methods take turns in one process: transformers' eager step with its dynamic cache, its step with a static cache and
-torch.compile (at the first length alone), ours with one token and with windows. The floor is the time in which a copy would read the weights and
+torch.compile (at the first length alone), ours with one token and with windows. On a GPU ours are graphs of several
+steps whose status is read a graph late (ours_graph; with the compiled forward, at the first length and for the width
+--compiled-width, ours_compiled_graph), launched one by one for the widths --eager-width; and the gap is the share of a
+step in which the device idles: kernels' times are those of torch's profiler, the step's time was taken without it.
+The floor is the time in which a copy would read the weights and
 the cache once, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import json
 import statistics
@@ -30,7 +35,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from cllm_kernels import JacobiConfig, backends, optimize
 from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import JacobiCache, Processing, Session
-from cllm_kernels.decoding.session import capture, make_step
+from cllm_kernels.decoding.session import Poll, capture, make_step, on_graph_stream
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
 from cllm_kernels.ops.block_attention import cuda_refusal
 from cllm_kernels.ops import JacobiState
@@ -91,31 +96,79 @@ def hf_step(model, cache, forward, length: int, device: torch.device):
     return step
 
 
-def our_session(model, length: int, width: int, room: int, dtype: torch.dtype, device: torch.device) -> Session:
+def our_session(model, call, shared: JacobiCache | None, length: int, width: int, room: int, device: torch.device) -> Session:
+    """call: the model, or what torch.compile made of it; shared: a cache whose keys and values serve this session too."""
     bounds = torch.zeros(2, 1, dtype=torch.int32, device=device)
     prompt = torch.randint(0, model.config.vocab_size, (1, 64), device=device)
     state = JacobiState.create(prompt, limits=room, block_size=width)
     state.lengths.set_(bounds[0])
-    cache = JacobiCache(bounds[0], length + room + width)
-    bounds[0] = 0
-    fill(cache, model, length, dtype, device)
-    # what the cache made for `length` rows holds its whole capacity
+    cache = JacobiCache(bounds[0], length + room + width if shared is None else shared.capacity)
+    if shared is None:
+        fill(cache, model, length, model.dtype, device)  # what it makes for `length` rows holds its whole capacity
+    else:
+        cache._buffers = shared._buffers
     bounds[0] = length
     mask = as_mask(bounds)
 
     def forward(tokens, positions, keep):
-        return model(
+        return call(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).logits
 
-    return Session(forward, state, bounds)
+    return Session(forward, state, bounds, cache=cache)
+
+
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+# Steps of a graph, and graphs that are launched before the host looks.
+CHUNK, CHUNKS = 4, 2
+
+
+def graphs(step, session: Session):
+    """Steps as `run_chunks` makes them on a GPU: the status of a graph is read when the next one is on its way."""
+    replay = capture(step, CHUNK, session.state.status[0])
+    polls = [Poll(session.state, False) for _ in range(CHUNKS)]
+
+    def run():
+        for poll in polls:
+            replay()
+            poll.send()
+        return [poll.wait() for poll in polls]
+
+    return run
+
+
+def busy_seconds(events) -> float:
+    """Seconds in which at least one of the device's events of a profile runs."""
+    busy = end = 0.0
+    for first, last in sorted((event.time_range.start, event.time_range.end) for event in events):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return 1e-6 * busy
+
+
+def device_seconds(step) -> float:
+    """For how long the device works in a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return busy_seconds(event for event in profile.events() if event.device_type == cuda)
+
+
+def weight_count(model) -> int:
+    """Weights that a step reads."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= model.config.vocab_size * model.config.hidden_size  # of the embedding, a row a token is read
+    return weights
 
 
 def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     config = model.config
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size  # of the embedding, a row a token is read
+    weights = weight_count(model)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = 2 * config.num_hidden_layers * config.num_key_value_heads * length * dim
     flops = 2 * width * weights + 4 * width * config.num_hidden_layers * config.num_attention_heads * length * dim
@@ -124,77 +177,116 @@ def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: to
     return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
 
 
-def measure(shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool):
+def our_step(name: str, session: Session, width: int, backend: str, setup):
+    """Our step of a session, by itself for the name "ours", else as graphs: set-up, restore, step, how many it is."""
+    config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
+    step = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
+    restore = functools.partial(session.state.copy_, session.state.clone())
+    if name == "ours":
+
+        def eager():
+            step()
+            return session.state.status.tolist()
+
+        return setup, restore, eager, 1
+    with setup():
+        with on_graph_stream(session.state.device):
+            for _ in range(2):
+                step()
+        return setup, restore, graphs(step, session), CHUNK * CHUNKS
+
+
+def measure(
+    shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool, eager_widths,
+    compiled_width: int, done
+):  # fmt: skip
+    """Rows of one shape; `done` gets those of a cache length when they are there."""
     rows = []
     model = random_model(shape, dtype, device)
-    on_gpu = device.type == "cuda"
+    on_gpu = has_graphs(device)
     backend = backends.resolve("auto", device, cuda_refusal(dtype))
-    room = 16 * (repeats + 32)
+    room = max(16 * (repeats + 32), 2 * CHUNK * CHUNKS * max(widths))
 
     def sync():
         if on_gpu:
             torch.cuda.synchronize()
 
     for length in lengths:
-        steps = {}  # name and width: what has to be set up, untimed, and the step
-        plain = contextlib.nullcontext
+        steps = {}  # name and width: what has to be set up and restored, untimed; the step, and how many it is
+        plain, nothing = contextlib.nullcontext, lambda: None
 
         @contextlib.contextmanager
         def ours_enabled():
-            with block_attention_enabled(model, backend), optimize(model, backend):
+            with block_attention_enabled(model, "auto" if on_gpu else backend), optimize(model, backend):
                 yield
 
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
             fill(cache, model, length, dtype, device)
-            steps["hf_eager", 1] = plain, hf_step(model, cache, model, length, device)
-            if compiled and length == lengths[0]:  # compiling takes minutes
+            steps["hf_eager", 1] = plain, nothing, hf_step(model, cache, model, length, device), 1
+            first = compiled and length == lengths[0]  # compiling takes minutes
+            if first:
                 static = StaticCache(config=model.config, max_cache_len=length + room)
                 fill(static, model, length, dtype, device)
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
-                steps["hf_compiled", 1] = plain, hf_step(model, static, call, length, device)
-            for width in widths:
-                session = our_session(model, length, width, room, dtype, device)
-                config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
-                ours = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
-
-                def eager(ours=ours, session=session):
-                    ours()
-                    return session.state.status.tolist()
-
-                steps["ours", width] = ours_enabled, eager
+                steps["hf_compiled", 1] = plain, nothing, hf_step(model, static, call, length, device), 1
+            shared = None
+            for width in sorted(widths, reverse=True):  # the widest has room for all
+                if not on_gpu or width in eager_widths:
+                    session = our_session(model, model, shared, length, width, room, device)
+                    shared = shared or session.cache
+                    steps["ours", width] = our_step("ours", session, width, backend, ours_enabled)
                 if on_gpu:
-                    with ours_enabled():
-                        ours()
-                        steps["ours_graph", width] = plain, capture(ours, 1, session.state.status[0])
+                    session = our_session(model, model, shared, length, width, room, device)
+                    shared = shared or session.cache
+                    steps["ours_graph", width] = our_step("ours_graph", session, width, backend, ours_enabled)
+            if on_gpu and first and compiled_width in widths:
+                call = torch.compile(model, dynamic=False)
+                session = our_session(model, call, shared, length, compiled_width, room, device)
+                name = "ours_compiled_graph"
+                steps[name, compiled_width] = our_step(name, session, compiled_width, backend, ours_enabled)
             times = {name: [] for name in steps}
             for turn in range(repeats + 3):
-                for name, (setup, step) in steps.items():
+                for name, (setup, restore, step, count) in steps.items():
                     with setup():
+                        restore()
                         step()  # so that each finds its own code and data in the caches
+                        restore()
                         sync()
                         begin = time.perf_counter()
                         step()
                         sync()
                         if turn >= 3:  # the first ones compile
-                            times[name].append(time.perf_counter() - begin)
+                            times[name].append((time.perf_counter() - begin) / count)
+            gaps = {}
+            for name, (setup, restore, step, count) in steps.items() if on_gpu else ():
+                with setup():
+                    restore()
+                    sync()
+                    gaps[name] = 1 - device_seconds(step) / count / statistics.median(times[name])
         base = statistics.median(times["hf_eager", 1])
-        for (method, width), values in times.items():
+        one = next((statistics.median(times[name, 1]) for name in ("ours_graph", "ours") if (name, 1) in times), None)
+        weights = weight_count(model) * dtype.itemsize / bandwidth(torch.get_num_threads())
+        part = []
+        for (method, width), values in sorted(times.items()):
             median = statistics.median(values)
             floor = floor_seconds(model, length, width, dtype, device)
             quartiles = statistics.quantiles(values, n=4)
-            rows.append(
+            part.append(
                 {
                     "shape": shape, "method": method, "block_size": width, "cache_length": length,
                     "ms": 1e3 * median, "ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
                     "over_hf_eager": base / median, "floor_ms": 1e3 * floor, "of_floor": floor / median,
-                    "over_ours_1": median / statistics.median(times["ours", 1]) if ("ours", 1) in times else None,
+                    "weights_ms": 1e3 * weights, "over_weights": median / weights,
+                    "over_ours_1": median / one if one else None, "host_gap": gaps.get((method, width)),
                     "repeats": repeats, "dtype": str(dtype).removeprefix("torch."), "device": device_name(device),
                     "threads": torch.get_num_threads(), "backend": backend if method.startswith("ours") else "transformers",
                     "torch": torch.__version__, "transformers": transformers.__version__,
                 }
             )  # fmt: skip
-        del steps
+        rows += part
+        done(part)
+        del steps, shared, session, cache, step, restore, setup
         gc.collect()
     return rows
 
@@ -208,25 +300,35 @@ def main(
     repeats: Annotated[int, typer.Option(min=2)] = 15,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     compiled: bool = True,
+    eager_width: Annotated[list[int], typer.Option(min=1)] = (1, 16),
+    compiled_width: int = 16,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
     rows = []
+
+    def done(part):
+        rows.extend(part)
+        if json_path:  # whatever happens to the rest
+            json_path.write_text(json.dumps(rows, indent=1) + "\n")
+
     for name in shape:
-        rows += measure(name, getattr(torch, dtype), torch.device(device), width, length, repeats, compiled)
+        measure(
+            name, getattr(torch, dtype), torch.device(device), width, length, repeats, compiled, eager_width,
+            compiled_width, done,
+        )  # fmt: skip
     table = Table(title=f"ms a step, {dtype}, {rows[0]['device']}, {rows[0]['threads']} threads, medians of {repeats}")
-    for heading in ("shape", "method", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor"):
+    for heading in ("shape", "method", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor", "gap"):
         table.add_column(heading, justify="left" if heading in ("shape", "method") else "right")
     for row in rows:
         table.add_row(
             row["shape"], row["method"], str(row["block_size"]), str(row["cache_length"]), f"{row['ms']:.2f}",
             "-".join(f"{value:.2f}" for value in row["ms_quartiles"]), f"{row['over_hf_eager']:.2f}x",
             "" if row["over_ours_1"] is None else f"{row['over_ours_1']:.2f}", f"{row['of_floor']:.0%}",
+            "" if row["host_gap"] is None else f"{row['host_gap']:.0%}",
         )  # fmt: skip
     Console(width=130).print(table)
-    if json_path:
-        json_path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

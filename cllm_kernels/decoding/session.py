@@ -138,7 +138,7 @@ def _graph_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def _on_graph_stream(device: torch.device) -> Iterator[None]:
+def on_graph_stream(device: torch.device) -> Iterator[None]:
     """Where steps run before their capture: what libraries set up for a stream must not be made while a graph is captured."""
     if device.type != "cuda":
         yield
@@ -246,7 +246,7 @@ def run_chunks(
     done = 0
     if session.replay is None:
         # Kernels are compiled and libraries set up by steps that run, and these tell how many tokens a step gives.
-        with _on_graph_stream(state.device):
+        with on_graph_stream(state.device):
             for _ in range(2):
                 step()
         done = 2

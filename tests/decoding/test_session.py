@@ -122,8 +122,11 @@ def test_equals_generate_without_host_reads(rows, mode, longest, launches, monke
     inputs = make_prompts(rows)
     options = dict(do_sample=False, max_new_tokens=60, eos_token_id=[EOS, *range(3, 6)])
     expected = MODEL.generate(**inputs, **options)
+    reads, send = [], session.Poll.send
+    monkeypatch.setattr(session.Poll, "send", lambda poll: reads.append(poll) or send(poll))
     generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6, mode=mode))
     assert torch.equal(generator.generate(**inputs, **options), expected)
+    assert len(reads) == len(launches)
     run = generator.statistics
     assert launches and set(launches) <= set(range(1, longest + 1))
     assert run.forwards == 3 + sum(launches)  # the prompt's, two steps that compile, the launches

@@ -13,6 +13,9 @@ import torch
 from cllm_kernels import backends
 from cllm_kernels.ops import _tickets
 
+# Of the fixture poisoned_memory below, on a GPU: cuBLAS refuses to run under it without.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
 
 

@@ -20,7 +20,7 @@ CALLS = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton itself, see test_cuda_on_gpu.py")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs Triton itself, see test_ops_on_gpu.py")
 @pytest.mark.parametrize("op", CALLS)
 def test_the_device_of_the_tensors_is_current(op, monkeypatch):
     pytest.importorskip("triton")
