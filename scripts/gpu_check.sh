@@ -105,8 +105,8 @@ for name in "${stages[@]}"; do
   if [ "$name" != report ]; then
     begin=$SECONDS
     echo "== $name, at most ${LIMIT[$name]} s" | tee -a "$log"
-    # An interrupt, upon which pytest still writes what it has; an end, 10 seconds later.
-    timeout --signal=INT --kill-after=10 "${LIMIT[$name]}" env CLLM_STAGE="$name" bash scripts/gpu_check.sh 2>&1 \
+    # An interrupt, upon which pytest still writes what it has; an end, 5 seconds later.
+    timeout --signal=INT --kill-after=5 "${LIMIT[$name]}" env CLLM_STAGE="$name" bash scripts/gpu_check.sh 2>&1 \
       | tee -a "$log" || failed+=("$name")
     echo "== $name took $((SECONDS - begin)) s" | tee -a "$log"
   fi

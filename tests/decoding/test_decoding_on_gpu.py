@@ -130,3 +130,33 @@ def test_the_loop_allocates_nothing_and_asks_for_one_status_a_graph(monkeypatch)
     monkeypatch.setattr("cllm_kernels.decoding.loop.run_chunks", watched)
     assert torch.equal(generator.generate(**inputs, **options), want)
     assert counts and not any(counts)
+
+
+@pytest.mark.parametrize("graph", [None, False], ids=["graphs", "eager"])
+def test_on_a_stream_of_the_caller(graph):
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    want = model.generate(**inputs, **options)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6, cuda_graph=graph))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = [generator.generate(**inputs, **options) for _ in range(2)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(tokens, want) for tokens in got)
+
+
+@pytest.mark.parametrize("graph", [None, False], ids=["graphs", "eager"])
+def test_on_another_device_than_the_current_one(graph):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    model = make_model("llama").to("cuda:1")
+    inputs = {name: tensor.to("cuda:1") for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6, cuda_graph=graph))
+    with torch.cuda.device(1):
+        want = model.generate(**inputs, **options)
+    for _ in range(2):
+        assert torch.equal(generator.generate(**inputs, **options), want)
+    assert torch.cuda.current_device() == 0

@@ -134,6 +134,23 @@ def test_equals_generate_without_host_reads(rows, mode, longest, launches, monke
     assert sum(run.steps.values()) == run.forwards
 
 
+def test_the_device_of_the_model_is_current(launches, monkeypatch):
+    """Streams, events and graphs are those of the current device."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    plain = session.make_step
+    monkeypatch.setattr(session, "make_step", lambda *args: seen.append(tuple(inside)) or plain(*args))
+    JacobiGenerator(MODEL, JacobiConfig(block_size=5)).generate(**make_prompts(1), do_sample=False, max_new_tokens=20)
+    assert seen == [(torch.device("cpu"),)] and not inside
+
+
 def test_sampling_and_pointwise_processors_stay_on_the_device(launches):
     inputs = make_prompts(3)
     options = dict(do_sample=True, top_k=9, top_p=0.9, temperature=1.3, max_new_tokens=30)
