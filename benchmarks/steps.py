@@ -6,7 +6,7 @@
 A step is a forward over the window behind a cache of the given length, and what turns its logits into tokens. The
 methods take turns in one process: transformers' eager step with its dynamic cache, its step with a static cache and
 torch.compile (at the first length alone), ours with one token and with windows. On a GPU ours are graphs of several
-steps whose status is read a graph late (ours_graph; with the compiled forward, at the first length and for the width
+steps whose status is read a graph late (ours_graph; with the compiled forward, at the first length and for the widths
 --compiled-width, ours_compiled_graph), launched one by one for the widths --eager-width; and the gap is the share of a
 step in which the device idles: kernels' times are those of torch's profiler, the step's time was taken without it.
 The floor is the time in which a copy would read the weights and
@@ -198,7 +198,7 @@ def our_step(name: str, session: Session, width: int, backend: str, setup):
 
 def measure(
     shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool, eager_widths,
-    compiled_width: int, done
+    compiled_widths, done
 ):  # fmt: skip
     """Rows of one shape; `done` gets those of a cache length when they are there."""
     rows = []
@@ -224,8 +224,7 @@ def measure(
             cache = DynamicCache(config=model.config)
             fill(cache, model, length, dtype, device)
             steps["hf_eager", 1] = plain, nothing, hf_step(model, cache, model, length, device), 1
-            first = compiled and length == lengths[0]  # compiling takes minutes
-            if first:
+            if compiled and length == lengths[0]:  # compiling takes minutes
                 static = StaticCache(config=model.config, max_cache_len=length + room)
                 fill(static, model, length, dtype, device)
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
@@ -240,11 +239,11 @@ def measure(
                     session = our_session(model, model, shared, length, width, room, device)
                     shared = shared or session.cache
                     steps["ours_graph", width] = our_step("ours_graph", session, width, backend, ours_enabled)
-            if on_gpu and first and compiled_width in widths:
+            for width in compiled_widths if on_gpu and length == lengths[0] else ():
                 call = torch.compile(model, dynamic=False)
-                session = our_session(model, call, shared, length, compiled_width, room, device)
+                session = our_session(model, call, shared, length, width, room, device)
                 name = "ours_compiled_graph"
-                steps[name, compiled_width] = our_step(name, session, compiled_width, backend, ours_enabled)
+                steps[name, width] = our_step(name, session, width, backend, ours_enabled)
             times = {name: [] for name in steps}
             for turn in range(repeats + 3):
                 for name, (setup, restore, step, count) in steps.items():
@@ -265,11 +264,11 @@ def measure(
                     sync()
                     gaps[name] = 1 - device_seconds(step) / count / statistics.median(times[name])
         base = statistics.median(times["hf_eager", 1])
-        one = next((statistics.median(times[name, 1]) for name in ("ours_graph", "ours") if (name, 1) in times), None)
         weights = weight_count(model) * dtype.itemsize / bandwidth(torch.get_num_threads())
         part = []
         for (method, width), values in sorted(times.items()):
             median = statistics.median(values)
+            one = next((times[name, 1] for name in (method, "ours_graph", "ours") if (name, 1) in times), None)
             floor = floor_seconds(model, length, width, dtype, device)
             quartiles = statistics.quantiles(values, n=4)
             part.append(
@@ -278,7 +277,7 @@ def measure(
                     "ms": 1e3 * median, "ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
                     "over_hf_eager": base / median, "floor_ms": 1e3 * floor, "of_floor": floor / median,
                     "weights_ms": 1e3 * weights, "over_weights": median / weights,
-                    "over_ours_1": median / one if one else None, "host_gap": gaps.get((method, width)),
+                    "over_ours_1": median / statistics.median(one) if one else None, "host_gap": gaps.get((method, width)),
                     "repeats": repeats, "dtype": str(dtype).removeprefix("torch."), "device": device_name(device),
                     "threads": torch.get_num_threads(), "backend": backend if method.startswith("ours") else "transformers",
                     "torch": torch.__version__, "transformers": transformers.__version__,
@@ -301,7 +300,7 @@ def main(
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     compiled: bool = True,
     eager_width: Annotated[list[int], typer.Option(min=1)] = (1, 16),
-    compiled_width: int = 16,
+    compiled_width: Annotated[list[int], typer.Option(min=1)] = (),
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     if threads:

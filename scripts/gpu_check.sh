@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-declare -A LIMIT=([build]=60 [wheel]=20 [test]=70 [steps]=120 [decode]=45 [kernels]=65 [sanitize]=55 [compiled]=95 [report]=5)
+declare -A LIMIT=([build]=45 [wheel]=15 [test]=75 [steps]=105 [decode]=40 [kernels]=60 [sanitize]=40 [compiled]=150 [report]=5)
 ORDER=(build wheel test steps decode kernels sanitize compiled)
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
@@ -53,7 +53,7 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       local shape
       for shape in llama-2-7b qwen2.5-7b llama-3-8b; do
         steps_of $shape --no-compiled --width 1 --width 8 --width 16 --width 32 --width 64 \
-          --length 1024 --length 8192 --length 32768 --json "$PARTS/steps_$shape.json" || bad=1
+          --eager-width 16 --length 1024 --length 8192 --length 32768 --json "$PARTS/steps_$shape.json" || bad=1
       done
       return $bad ;;
     decode)
@@ -75,7 +75,10 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       for id in "${checks[@]}"; do wait "$id" || bad=1; done
       return $bad ;;
     compiled)
-      steps_of llama-2-7b --width 1 --width 16 --length 1024 --json "$PARTS/steps_compiled.json" ;;
+      steps_of llama-2-7b --no-compiled --compiled-width 16 --compiled-width 1 --width 1 --width 16 --length 1024 \
+        --json "$PARTS/steps_compiled.json" || bad=1
+      steps_of llama-2-7b --width 1 --length 1024 --json "$PARTS/steps_compiled_hf.json" || bad=1
+      return $bad ;;
   esac
 }
 

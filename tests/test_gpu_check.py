@@ -57,17 +57,17 @@ def test_steps_of_a_gpu(benchmarks, monkeypatch, tmp_path):
     monkeypatch.setattr(steps, "rate", lambda dtype, threads: 1e10)
     monkeypatch.setitem(steps.SHAPES, "tiny", lambda: LlamaConfig(**COMMON | {"max_position_embeddings": 4096}))
     path = tmp_path / "steps_tiny.json"
-    steps.main(["tiny"], width=[1, 16], length=[32, 64], repeats=2, eager_width=[1], json_path=path)
+    steps.main(["tiny"], width=[1, 16], length=[32, 64], repeats=2, eager_width=[1], compiled_width=[16, 1], json_path=path)
     rows = {(row["method"], row["block_size"], row["cache_length"]): row for row in json.loads(path.read_text())}
     each = {("hf_eager", 1), ("ours", 1), ("ours_graph", 1), ("ours_graph", 16)}
-    first = each | {("hf_compiled", 1), ("ours_compiled_graph", 16)}
+    first = each | {("hf_compiled", 1), ("ours_compiled_graph", 1), ("ours_compiled_graph", 16)}
     assert set(rows) == {(*key, 32) for key in first} | {(*key, 64) for key in each}
-    assert set(launched) == {steps.CHUNK} and [options.get("mode") for options in compiled] == ["reduce-overhead", None]
+    assert set(launched) == {steps.CHUNK} and [options.get("mode") for options in compiled] == ["reduce-overhead", None, None]
     for row in rows.values():
         assert row["ms"] > 0 and 0.9 < row["host_gap"] < 1 and row["over_weights"] == pytest.approx(row["ms"] / row["weights_ms"])
-    assert rows["ours_graph", 16, 64]["over_ours_1"] == pytest.approx(
-        rows["ours_graph", 16, 64]["ms"] / rows["ours_graph", 1, 64]["ms"]
-    )
+    for method in ("ours_graph", "ours_compiled_graph"):
+        wide, one = rows[method, 16, 32], rows[method, 1, 32]
+        assert wide["over_ours_1"] == pytest.approx(wide["ms"] / one["ms"]) and one["over_ours_1"] == 1
 
 
 def row(method, n, ms, **facts):
@@ -90,14 +90,14 @@ def test_report(tmp_path):
     assert results == {"gpu": "gpu", "failed": ["build"], "steps": []} and "failed or stopped: build" in text
     rows = [row("hf_eager", 1, 20.0, over_ours_1=None, host_gap=None), row("ours_graph", 16, 3.4)]
     (tmp_path / "steps_a.json").write_text(json.dumps(rows))
-    (tmp_path / "steps_b.json").write_text(json.dumps([row("ours_graph", 16, 4.5, shape="llama-3-8b")]))
+    (tmp_path / "steps_b.json").write_text(json.dumps([row("ours_compiled_graph", 16, 4.5, shape="llama-3-8b")]))
     cases = [{"name": "test_append_kv[x]", "extra_info": {"ours_s": 1e-6, "of_floor": 0.5, "alternatives_s": {"torch": 3e-6, "triton": 2e-6}}}]
     (tmp_path / "kernels_gpu.json").write_text(json.dumps({"benchmarks": cases}))
     results, text = report(tmp_path)
     assert len(results["steps"]) == 3 and results["failed"] == [] and "failed or stopped: none" in text
-    assert "| llama-2-7b | at most 1.15x of reading the weights once | 1.13x | reached |" in text
-    assert "| llama-3-8b | at most 1.15x of reading the weights once | 1.50x | missed |" in text
-    assert "| llama-2-7b | projection, above 800 tokens/s | 706 to 1000 tokens/s | in part |" in text
+    assert "| llama-2-7b |  | at most 1.15x of reading the weights once | 1.13x | reached |" in text
+    assert "| llama-3-8b | compiled | at most 1.15x of reading the weights once | 1.50x | missed |" in text
+    assert "| llama-2-7b |  | projection, above 800 tokens/s | 706 to 1000 tokens/s | in part |" in text
     assert "The projection is not a measurement" in text
     assert "| test_append_kv[x] | 1.0 | 2.00 | 3.00 | 50% |" in text
 

@@ -118,7 +118,8 @@ def jacobi_generate(
     it as ``text_streamer`` here (:class:`JacobiGenerator` and ``decoding="jacobi"`` take ``streamer``).
     ``on_commit`` is called after every iteration with the tokens that it committed. Both take one sequence.
     ``compiled`` is called in the model's place: what ``torch.compile`` made of it. It runs windows, which have one shape;
-    prompts, which have many, run as the model is, as in transformers' generate.
+    prompts, which have many, run as the model is, as in transformers' generate. Graphs of iterations hold it too, unless
+    it has CUDA graphs of its own (mode="reduce-overhead"), of which a warning tells.
 
     ``do_sample=True`` draws each token with noise that its seed, its row and its place alone decide (see
     :func:`cllm_kernels.ops.converge_`), so that every window gives the tokens that one token at a time
