@@ -6,6 +6,7 @@ own statistics are then the whole call as the host sees it, with a synchronisati
 """
 
 import functools
+import os
 import statistics
 import time
 
@@ -17,6 +18,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 BACKEND = backends.resolve("auto", DEVICE)
 REPEATS = 20  # on a GPU
+# Calls everything once, so that many processes can compile what one then measures.
+COMPILE_ALONE = os.environ.get("CLLM_BENCH_COMPILE_ALONE") == "1"
 
 
 def device_name() -> str:
@@ -120,6 +123,11 @@ def compare(benchmark, report, ours, alternatives, flops, nbytes, dtype, before=
     logits read once. The floor is what they take at the bandwidth of a large copy and the rate of a large matrix
     product, both measured here.
     """
+    if COMPILE_ALONE:
+        for function in (ours, *alternatives.values()):
+            before()
+            function()
+        return
     threads = torch.get_num_threads()
     if ON_GPU:
         ours_times = _device_times(ours, before)

@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-declare -A LIMIT=([build]=45 [wheel]=15 [test]=75 [steps]=105 [decode]=40 [kernels]=60 [sanitize]=40 [compiled]=150 [report]=5)
+declare -A LIMIT=([build]=45 [wheel]=15 [test]=75 [steps]=105 [decode]=45 [kernels]=75 [sanitize]=40 [compiled]=130 [report]=5)
 ORDER=(build wheel test steps decode kernels sanitize compiled)
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
@@ -35,6 +35,12 @@ sanitizer() {  # looks at our kernels alone; without torch's cache, what is behi
     "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops_on_gpu.py -k "cuda and ($2)"
 }
 
+many_pytest() {  # on many cores, since compiling for Triton takes most of the time
+  local cores
+  cores=$(nproc)
+  "$PYTHON" -m pytest -q -p no:cacheprovider -n $((cores < 12 ? cores : 12)) --dist worksteal "$@"
+}
+
 run_stage() {
   local bad=0
   case $1 in
@@ -44,11 +50,7 @@ run_stage() {
         && "$PYTHON" -m pip install -q --no-deps --no-build-isolation --no-index --target build/gpu_site . \
         && (cd build/gpu_site && PYTHONPATH=. "$PYTHON" -c "import torch; from cllm_kernels import backends as b
 assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) == b.GPU_ORDER[0], b.available()") ;;
-    test)  # Triton compiles on many cores
-      local cores
-      cores=$(nproc)
-      "$PYTHON" -m pytest -q -p no:cacheprovider -n $((cores < 12 ? cores : 12)) --dist worksteal \
-        tests/ops/test_ops_on_gpu.py tests/decoding/test_decoding_on_gpu.py ;;
+    test) many_pytest tests/ops/test_ops_on_gpu.py tests/decoding/test_decoding_on_gpu.py ;;
     steps)
       local shape
       for shape in llama-2-7b qwen2.5-7b llama-3-8b; do
@@ -58,8 +60,9 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       return $bad ;;
     decode)
       "$PYTHON" -c "from cllm_kernels.cli import main; main()" bench --device cuda --model cllm=models/spider-cllm \
-        --prompts 8 --rounds 2 --batch 1 --batch 8 --block-size 16 --no-compiled --json "$PARTS/decode.json" ;;
+        --prompts 8 --rounds 1 --batch 1 --batch 8 --block-size 16 --no-compiled --json "$PARTS/decode.json" ;;
     kernels)
+      CLLM_BENCH_COMPILE_ALONE=1 many_pytest benchmarks/test_kernels.py
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py --benchmark-only \
         --benchmark-json="$PARTS/kernels_$GPU.json" || bad=1
       cp cllm_kernels/attention_table.json "$OUT" \
