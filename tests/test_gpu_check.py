@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.autograd.profiler_util import Interval
 
+from cllm_kernels import backends
+
 ROOT = Path(__file__).resolve().parents[1]
 pytest.importorskip("typer")
 
@@ -111,6 +113,9 @@ sys.exit(pytest.main(["-q", "-p", "no:benchmark", "-p", "no:cacheprovider", "--b
 """
 
 
+@pytest.mark.skipif(
+    backends.EXTENSION is None or torch.cuda.is_available(), reason="the case is one of the C++ kernels on a CPU"
+)
 def test_benchmarks_run_without_their_plugin(tmp_path):
     """GPU machines without a registry may lack it."""
     path = tmp_path / "kernels_gpu.json"
