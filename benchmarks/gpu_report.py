@@ -71,8 +71,8 @@ def targets(rows):
 
 def decode(rows):
     cells = [
-        (row["method"], row["batch"], row["block_size"], f"{row['tokens_per_second']:.0f}", show(row["tokens_per_forward"], ".2f"),
-         f"{row['speedup']:.2f}x", f"{row['equal_to_hf_ar']:.0%}", row["backend"])
+        (row["method"], row["batch"], row["block_size"], f"{row['tokens_per_second']:.0f}",
+         show(row["tokens_per_forward"], ".2f"), f"{row['speedup']:.2f}x", f"{row['equal_to_hf_ar']:.0%}", row["backend"])
         for row in rows
     ]  # fmt: skip
     head = ("method", "batch", "n", "tokens/s", "tokens per forward", "speed over hf_ar", "equal", "backend")

@@ -137,7 +137,8 @@ def attention_cell(dim: int, rows: int, capacity: int) -> str:
     largest = 512
     while largest < capacity:
         largest *= 4
-    return f"D={next((size for size in (64, 96, 128) if dim <= size), 256)} rows={max(16, 1 << (rows - 1).bit_length())} S={largest}"
+    size = next((size for size in (64, 96, 128) if dim <= size), 256)
+    return f"D={size} rows={max(16, 1 << (rows - 1).bit_length())} S={largest}"
 
 
 @functools.cache

@@ -564,7 +564,7 @@ def _session(
 
 
 def _has_graphs_of_its_own(model: PreTrainedModel, compiled: Callable | None) -> bool:
-    """Whether torch.compile was asked for CUDA graphs, of the model or of a module in it (modes reduce-overhead, max-autotune)."""
+    """Whether torch.compile was asked for CUDA graphs (modes reduce-overhead and max-autotune), also of a module inside."""
     calls = [compiled, *(getattr(module, "_compiled_call_impl", None) for module in model.modules())]
     configs = [call.get_compiler_config() for call in calls if hasattr(call, "get_compiler_config")]
     return any(config.get("triton.cudagraphs") for config in configs if config)

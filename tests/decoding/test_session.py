@@ -11,7 +11,7 @@ from helpers import EOS, Frames, make_model, make_prompts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
-from cllm_kernels.decoding import JacobiCache, session
+from cllm_kernels.decoding import JacobiCache, loop, session
 from cllm_kernels.integrations import generate
 from cllm_kernels.ops import JacobiState
 
@@ -225,8 +225,8 @@ def test_finished_rows_see_nothing(launches, monkeypatch):
     alone = [MODEL.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, do_sample=False, max_new_tokens=40)
              for row in range(3)]  # fmt: skip
     stop = alone[0][0, 15].item()  # ends the first row early
-    monkeypatch.setattr(session, "run_chunks", lambda kept, *rest, run=session.run_chunks: sessions.append(kept) or run(kept, *rest))
-    monkeypatch.setattr("cllm_kernels.decoding.loop.run_chunks", session.run_chunks)
+    run = session.run_chunks
+    monkeypatch.setattr(loop, "run_chunks", lambda kept, *rest: sessions.append(kept) or run(kept, *rest))
     options = dict(do_sample=False, max_new_tokens=40, eos_token_id=stop, pad_token_id=0)
     generator = JacobiGenerator(MODEL, JacobiConfig(block_size=5))
     got = generator.generate(**inputs, **options)
@@ -279,8 +279,8 @@ def test_a_forward_with_graphs_of_its_own_is_not_captured(mode, launches):
 def test_which_forwards_have_graphs_of_their_own():
     model = make_model()
     own = generate._has_graphs_of_its_own
-    for mode, want in {"default": False, "reduce-overhead": True, "max-autotune": True, "max-autotune-no-cudagraphs": False}.items():
-        assert own(model, torch.compile(model, mode=mode)) is want
+    for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
+        assert own(model, torch.compile(model, mode=mode)) is (mode in ("reduce-overhead", "max-autotune"))
     assert not own(model, None) and not own(model, torch.compile(model, backend=Frames()))
     model.model.layers[0].compile(mode="reduce-overhead")
     assert own(model, None)
