@@ -16,11 +16,13 @@ the cache once, or the arithmetic at the rate of a large matrix product, whichev
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -91,7 +93,7 @@ def hf_step(model, cache, forward, length: int, device: torch.device):
         logits = forward(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits
         token.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
         at += 1
-        return token.item()
+        token.item()
 
     return step
 
@@ -122,20 +124,52 @@ def has_graphs(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-# Steps of a graph, and graphs that are launched before the host looks.
-CHUNK, CHUNKS = 4, 2
+@dataclasses.dataclass
+class Way:
+    """A way to make steps.
+
+    Attributes:
+        run: makes `steps` of them. Returns seconds a step where it knows better than the caller's clock.
+        setup, restore: a context for it, and what has to be done before it; both untimed.
+    """
+
+    run: Callable[[], float | None]
+    setup: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    restore: Callable[[], object] = lambda: None
+    steps: int = 1
+
+
+# Steps of a graph, and graphs that are launched, the first of them untimed: then the host is ahead of the device.
+CHUNK, CHUNKS = 4, 3
+
+
+def moment(on_gpu: bool):
+    """Now, or when the device gets here."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def graphs(step, session: Session):
     """Steps as `run_chunks` makes them on a GPU: the status of a graph is read when the next one is on its way."""
     replay = capture(step, CHUNK, session.state.status[0])
     polls = [Poll(session.state, False) for _ in range(CHUNKS)]
+    on_gpu = session.state.device.type == "cuda"
 
-    def run():
+    def run() -> float:
+        times = []
         for poll in polls:
             replay()
             poll.send()
-        return [poll.wait() for poll in polls]
+            times.append(moment(on_gpu))
+        for poll in polls:
+            poll.wait()
+        if on_gpu:
+            times[-1].synchronize()
+        seconds = 1e-3 * times[0].elapsed_time(times[-1]) if on_gpu else times[-1] - times[0]
+        return seconds / (CHUNK * (CHUNKS - 1))
 
     return run
 
@@ -177,23 +211,23 @@ def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: to
     return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
 
 
-def our_step(name: str, session: Session, width: int, backend: str, setup):
-    """Our step of a session, by itself for the name "ours", else as graphs: set-up, restore, step, how many it is."""
+def our_way(name: str, session: Session, width: int, backend: str, setup) -> Way:
+    """Our step of a session, by itself for the name "ours", else as graphs."""
     config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
     step = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
     restore = functools.partial(session.state.copy_, session.state.clone())
     if name == "ours":
 
-        def eager():
+        def eager() -> None:
             step()
-            return session.state.status.tolist()
+            session.state.status.tolist()
 
-        return setup, restore, eager, 1
+        return Way(eager, setup, restore)
     with setup():
         with on_graph_stream(session.state.device):
             for _ in range(2):
                 step()
-        return setup, restore, graphs(step, session), CHUNK * CHUNKS
+        return Way(graphs(step, session), setup, restore, CHUNK * CHUNKS)
 
 
 def measure(
@@ -212,8 +246,7 @@ def measure(
             torch.cuda.synchronize()
 
     for length in lengths:
-        steps = {}  # name and width: what has to be set up and restored, untimed; the step, and how many it is
-        plain, nothing = contextlib.nullcontext, lambda: None
+        ways = {}  # by name and width
 
         @contextlib.contextmanager
         def ours_enabled():
@@ -223,46 +256,47 @@ def measure(
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
             fill(cache, model, length, dtype, device)
-            steps["hf_eager", 1] = plain, nothing, hf_step(model, cache, model, length, device), 1
+            ways["hf_eager", 1] = Way(hf_step(model, cache, model, length, device))
             if compiled and length == lengths[0]:  # compiling takes minutes
                 static = StaticCache(config=model.config, max_cache_len=length + room)
                 fill(static, model, length, dtype, device)
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
-                steps["hf_compiled", 1] = plain, nothing, hf_step(model, static, call, length, device), 1
+                ways["hf_compiled", 1] = Way(hf_step(model, static, call, length, device))
             shared = None
             for width in sorted(widths, reverse=True):  # the widest has room for all
                 if not on_gpu or width in eager_widths:
                     session = our_session(model, model, shared, length, width, room, device)
                     shared = shared or session.cache
-                    steps["ours", width] = our_step("ours", session, width, backend, ours_enabled)
+                    ways["ours", width] = our_way("ours", session, width, backend, ours_enabled)
                 if on_gpu:
                     session = our_session(model, model, shared, length, width, room, device)
                     shared = shared or session.cache
-                    steps["ours_graph", width] = our_step("ours_graph", session, width, backend, ours_enabled)
+                    ways["ours_graph", width] = our_way("ours_graph", session, width, backend, ours_enabled)
             for width in compiled_widths if on_gpu and length == lengths[0] else ():
                 call = torch.compile(model, dynamic=False)
                 session = our_session(model, call, shared, length, width, room, device)
                 name = "ours_compiled_graph"
-                steps[name, width] = our_step(name, session, width, backend, ours_enabled)
-            times = {name: [] for name in steps}
+                ways[name, width] = our_way(name, session, width, backend, ours_enabled)
+            times = {name: [] for name in ways}
             for turn in range(repeats + 3):
-                for name, (setup, restore, step, count) in steps.items():
-                    with setup():
-                        restore()
-                        step()  # so that each finds its own code and data in the caches
-                        restore()
+                for name, way in ways.items():
+                    with way.setup():
+                        way.restore()
+                        way.run()  # so that each finds its own code and data in the caches
+                        way.restore()
                         sync()
                         begin = time.perf_counter()
-                        step()
+                        seconds = way.run()
                         sync()
+                        wall = time.perf_counter() - begin
                         if turn >= 3:  # the first ones compile
-                            times[name].append((time.perf_counter() - begin) / count)
+                            times[name].append(wall / way.steps if seconds is None else seconds)
             gaps = {}
-            for name, (setup, restore, step, count) in steps.items() if on_gpu else ():
-                with setup():
-                    restore()
+            for name, way in ways.items() if on_gpu else ():
+                with way.setup():
+                    way.restore()
                     sync()
-                    gaps[name] = 1 - device_seconds(step) / count / statistics.median(times[name])
+                    gaps[name] = 1 - device_seconds(way.run) / way.steps / statistics.median(times[name])
         base = statistics.median(times["hf_eager", 1])
         weights = weight_count(model) * dtype.itemsize / bandwidth(torch.get_num_threads())
         part = []
@@ -285,7 +319,7 @@ def measure(
             )  # fmt: skip
         rows += part
         done(part)
-        del steps, shared, session, cache, step, restore, setup
+        del ways, way, shared, session, cache
         gc.collect()
     return rows
 
