@@ -302,7 +302,8 @@ def measure(
         part = []
         for (method, width), values in sorted(times.items()):
             median = statistics.median(values)
-            one = next((times[name, 1] for name in (method, "ours_graph", "ours") if (name, 1) in times), None)
+            same = [method] if method.startswith("ours") else []
+            one = next((times[name, 1] for name in (*same, "ours_graph", "ours") if (name, 1) in times), None)
             floor = floor_seconds(model, length, width, dtype, device)
             quartiles = statistics.quantiles(values, n=4)
             part.append(

@@ -67,6 +67,8 @@ def test_steps_of_a_gpu(benchmarks, monkeypatch, tmp_path):
     assert set(launched) == {steps.CHUNK} and [options.get("mode") for options in compiled] == ["reduce-overhead", None, None]
     for row in rows.values():
         assert row["ms"] > 0 and 0.9 < row["host_gap"] < 1 and row["over_weights"] == pytest.approx(row["ms"] / row["weights_ms"])
+    eager, one = rows["hf_eager", 1, 32], rows["ours_graph", 1, 32]
+    assert eager["over_ours_1"] == pytest.approx(eager["ms"] / one["ms"]) and eager["over_hf_eager"] == 1
     for method in ("ours_graph", "ours_compiled_graph"):
         wide, one = rows[method, 16, 32], rows[method, 1, 32]
         assert wide["over_ours_1"] == pytest.approx(wide["ms"] / one["ms"]) and one["over_ours_1"] == 1
