@@ -6,6 +6,7 @@ own statistics are then the whole call as the host sees it, with a synchronisati
 """
 
 import functools
+import os
 import statistics
 import time
 
@@ -16,7 +17,9 @@ from cllm_kernels import backends
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 BACKEND = backends.resolve("auto", DEVICE)
-REPEATS = 50
+REPEATS = 20  # on a GPU
+# Calls everything once, so that many processes can compile what one then measures.
+COMPILE_ALONE = os.environ.get("CLLM_BENCH_COMPILE_ALONE") == "1"
 
 
 def device_name() -> str:
@@ -51,7 +54,7 @@ def bandwidth(threads: int) -> float:
 def rate(dtype: torch.dtype, threads: int) -> float:
     """Floating-point operations per second of a large matrix product on this device."""
     size = 8192 if ON_GPU else 1024
-    a, b = torch.ones(2, size, size, dtype=dtype, device=DEVICE)
+    a, b = torch.randn(2, size, size, device=DEVICE).to(dtype)  # GPUs multiply equal numbers faster than they can
     return 2 * size**3 / _seconds(lambda: a @ b)
 
 
@@ -120,6 +123,11 @@ def compare(benchmark, report, ours, alternatives, flops, nbytes, dtype, before=
     logits read once. The floor is what they take at the bandwidth of a large copy and the rate of a large matrix
     product, both measured here.
     """
+    if COMPILE_ALONE:
+        for function in (ours, *alternatives.values()):
+            before()
+            function()
+        return
     threads = torch.get_num_threads()
     if ON_GPU:
         ours_times = _device_times(ours, before)

@@ -5,17 +5,24 @@
 
 A step is a forward over the window behind a cache of the given length, and what turns its logits into tokens. The
 methods take turns in one process: transformers' eager step with its dynamic cache, its step with a static cache and
-torch.compile (at the first length alone), ours with one token and with windows. The floor is the time in which a copy would read the weights and
+torch.compile (at the first length alone), ours with one token and with windows. On a GPU ours are graphs of several
+steps whose status is read a graph late (ours_graph; with the compiled forward, at the first length and for the widths
+--compiled-width, ours_compiled_graph), launched one by one for the widths --eager-width; and the gap is the share of a
+step in which the device idles: kernels' times are those of torch's profiler, the step's time was taken without it.
+The floor is the time in which a copy would read the weights and
 the cache once, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import gc
 import json
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -30,7 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 from cllm_kernels import JacobiConfig, backends, optimize
 from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import JacobiCache, Processing, Session
-from cllm_kernels.decoding.session import capture, make_step
+from cllm_kernels.decoding.session import Poll, capture, make_step, on_graph_stream
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
 from cllm_kernels.ops.block_attention import cuda_refusal
 from cllm_kernels.ops import JacobiState
@@ -86,36 +93,116 @@ def hf_step(model, cache, forward, length: int, device: torch.device):
         logits = forward(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits
         token.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
         at += 1
-        return token.item()
+        token.item()
 
     return step
 
 
-def our_session(model, length: int, width: int, room: int, dtype: torch.dtype, device: torch.device) -> Session:
+def our_session(model, call, shared: JacobiCache | None, length: int, width: int, room: int, device: torch.device) -> Session:
+    """call: the model, or what torch.compile made of it; shared: a cache whose keys and values serve this session too."""
     bounds = torch.zeros(2, 1, dtype=torch.int32, device=device)
     prompt = torch.randint(0, model.config.vocab_size, (1, 64), device=device)
     state = JacobiState.create(prompt, limits=room, block_size=width)
     state.lengths.set_(bounds[0])
-    cache = JacobiCache(bounds[0], length + room + width)
-    bounds[0] = 0
-    fill(cache, model, length, dtype, device)
-    # what the cache made for `length` rows holds its whole capacity
+    cache = JacobiCache(bounds[0], length + room + width if shared is None else shared.capacity)
+    if shared is None:
+        fill(cache, model, length, model.dtype, device)  # what it makes for `length` rows holds its whole capacity
+    else:
+        cache._buffers = shared._buffers
     bounds[0] = length
     mask = as_mask(bounds)
 
     def forward(tokens, positions, keep):
-        return model(
+        return call(
             input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         ).logits
 
-    return Session(forward, state, bounds)
+    return Session(forward, state, bounds, cache=cache)
+
+
+def has_graphs(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@dataclasses.dataclass
+class Way:
+    """A way to make steps.
+
+    Attributes:
+        run: makes `steps` of them. Returns seconds a step where it knows better than the caller's clock.
+        setup, restore: a context for it, and what has to be done before it; both untimed.
+    """
+
+    run: Callable[[], float | None]
+    setup: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    restore: Callable[[], object] = lambda: None
+    steps: int = 1
+
+
+# Steps of a graph, and graphs that are launched, the first of them untimed: then the host is ahead of the device.
+CHUNK, CHUNKS = 4, 3
+
+
+def moment(on_gpu: bool):
+    """Now, or when the device gets here."""
+    if not on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def graphs(step, session: Session):
+    """Steps as `run_chunks` makes them on a GPU: the status of a graph is read when the next one is on its way."""
+    replay = capture(step, CHUNK, session.state.status[0])
+    polls = [Poll(session.state, False) for _ in range(CHUNKS)]
+    on_gpu = session.state.device.type == "cuda"
+
+    def run() -> float:
+        times = []
+        for poll in polls:
+            replay()
+            poll.send()
+            times.append(moment(on_gpu))
+        for poll in polls:
+            poll.wait()
+        if on_gpu:
+            times[-1].synchronize()
+        seconds = 1e-3 * times[0].elapsed_time(times[-1]) if on_gpu else times[-1] - times[0]
+        return seconds / (CHUNK * (CHUNKS - 1))
+
+    return run
+
+
+def busy_seconds(events) -> float:
+    """Seconds in which at least one of the device's events of a profile runs."""
+    busy = end = 0.0
+    for first, last in sorted((event.time_range.start, event.time_range.end) for event in events):
+        busy += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return 1e-6 * busy
+
+
+def device_seconds(step) -> float:
+    """For how long the device works in a step."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return busy_seconds(event for event in profile.events() if event.device_type == cuda)
+
+
+def weight_count(model) -> int:
+    """Weights that a step reads."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    if not model.config.tie_word_embeddings:
+        weights -= model.config.vocab_size * model.config.hidden_size  # of the embedding, a row a token is read
+    return weights
 
 
 def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     config = model.config
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    if not config.tie_word_embeddings:
-        weights -= config.vocab_size * config.hidden_size  # of the embedding, a row a token is read
+    weights = weight_count(model)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = 2 * config.num_hidden_layers * config.num_key_value_heads * length * dim
     flops = 2 * width * weights + 4 * width * config.num_hidden_layers * config.num_attention_heads * length * dim
@@ -124,77 +211,116 @@ def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: to
     return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
 
 
-def measure(shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool):
+def our_way(name: str, session: Session, width: int, backend: str, setup) -> Way:
+    """Our step of a session, by itself for the name "ours", else as graphs."""
+    config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
+    step = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
+    restore = functools.partial(session.state.copy_, session.state.clone())
+    if name == "ours":
+
+        def eager() -> None:
+            step()
+            session.state.status.tolist()
+
+        return Way(eager, setup, restore)
+    with setup():
+        with on_graph_stream(session.state.device):
+            for _ in range(2):
+                step()
+        return Way(graphs(step, session), setup, restore, CHUNK * CHUNKS)
+
+
+def measure(
+    shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool, eager_widths,
+    compiled_widths, done
+):  # fmt: skip
+    """Rows of one shape; `done` gets those of a cache length when they are there."""
     rows = []
     model = random_model(shape, dtype, device)
-    on_gpu = device.type == "cuda"
+    on_gpu = has_graphs(device)
     backend = backends.resolve("auto", device, cuda_refusal(dtype))
-    room = 16 * (repeats + 32)
+    room = max(16 * (repeats + 32), 2 * CHUNK * CHUNKS * max(widths))
 
     def sync():
         if on_gpu:
             torch.cuda.synchronize()
 
     for length in lengths:
-        steps = {}  # name and width: what has to be set up, untimed, and the step
-        plain = contextlib.nullcontext
+        ways = {}  # by name and width
 
         @contextlib.contextmanager
         def ours_enabled():
-            with block_attention_enabled(model, backend), optimize(model, backend):
+            with block_attention_enabled(model, "auto" if on_gpu else backend), optimize(model, backend):
                 yield
 
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
             fill(cache, model, length, dtype, device)
-            steps["hf_eager", 1] = plain, hf_step(model, cache, model, length, device)
+            ways["hf_eager", 1] = Way(hf_step(model, cache, model, length, device))
             if compiled and length == lengths[0]:  # compiling takes minutes
                 static = StaticCache(config=model.config, max_cache_len=length + room)
                 fill(static, model, length, dtype, device)
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
-                steps["hf_compiled", 1] = plain, hf_step(model, static, call, length, device)
-            for width in widths:
-                session = our_session(model, length, width, room, dtype, device)
-                config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
-                ours = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
-
-                def eager(ours=ours, session=session):
-                    ours()
-                    return session.state.status.tolist()
-
-                steps["ours", width] = ours_enabled, eager
+                ways["hf_compiled", 1] = Way(hf_step(model, static, call, length, device))
+            shared = None
+            for width in sorted(widths, reverse=True):  # the widest has room for all
+                if not on_gpu or width in eager_widths:
+                    session = our_session(model, model, shared, length, width, room, device)
+                    shared = shared or session.cache
+                    ways["ours", width] = our_way("ours", session, width, backend, ours_enabled)
                 if on_gpu:
-                    with ours_enabled():
-                        ours()
-                        steps["ours_graph", width] = plain, capture(ours, 1, session.state.status[0])
-            times = {name: [] for name in steps}
+                    session = our_session(model, model, shared, length, width, room, device)
+                    shared = shared or session.cache
+                    ways["ours_graph", width] = our_way("ours_graph", session, width, backend, ours_enabled)
+            for width in compiled_widths if on_gpu and length == lengths[0] else ():
+                call = torch.compile(model, dynamic=False)
+                session = our_session(model, call, shared, length, width, room, device)
+                name = "ours_compiled_graph"
+                ways[name, width] = our_way(name, session, width, backend, ours_enabled)
+            times = {name: [] for name in ways}
             for turn in range(repeats + 3):
-                for name, (setup, step) in steps.items():
-                    with setup():
-                        step()  # so that each finds its own code and data in the caches
+                for name, way in ways.items():
+                    with way.setup():
+                        way.restore()
+                        way.run()  # so that each finds its own code and data in the caches
+                        way.restore()
                         sync()
                         begin = time.perf_counter()
-                        step()
+                        seconds = way.run()
                         sync()
+                        wall = time.perf_counter() - begin
                         if turn >= 3:  # the first ones compile
-                            times[name].append(time.perf_counter() - begin)
+                            times[name].append(wall / way.steps if seconds is None else seconds)
+            gaps = {}
+            for name, way in ways.items() if on_gpu else ():
+                with way.setup():
+                    way.restore()
+                    sync()
+                    gaps[name] = 1 - device_seconds(way.run) / way.steps / statistics.median(times[name])
         base = statistics.median(times["hf_eager", 1])
-        for (method, width), values in times.items():
+        weights = weight_count(model) * dtype.itemsize / bandwidth(torch.get_num_threads())
+        part = []
+        for (method, width), values in sorted(times.items()):
             median = statistics.median(values)
+            same = [method] if method.startswith("ours") else []
+            one = next((times[name, 1] for name in (*same, "ours_graph", "ours") if (name, 1) in times), None)
             floor = floor_seconds(model, length, width, dtype, device)
             quartiles = statistics.quantiles(values, n=4)
-            rows.append(
+            part.append(
                 {
                     "shape": shape, "method": method, "block_size": width, "cache_length": length,
                     "ms": 1e3 * median, "ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
                     "over_hf_eager": base / median, "floor_ms": 1e3 * floor, "of_floor": floor / median,
-                    "over_ours_1": median / statistics.median(times["ours", 1]) if ("ours", 1) in times else None,
+                    "weights_ms": 1e3 * weights, "over_weights": median / weights,
+                    "over_ours_1": median / statistics.median(one) if one else None, "host_gap": gaps.get((method, width)),
                     "repeats": repeats, "dtype": str(dtype).removeprefix("torch."), "device": device_name(device),
                     "threads": torch.get_num_threads(), "backend": backend if method.startswith("ours") else "transformers",
                     "torch": torch.__version__, "transformers": transformers.__version__,
                 }
             )  # fmt: skip
-        del steps
+        rows += part
+        done(part)
+        del ways, way, shared, session, cache
         gc.collect()
     return rows
 
@@ -208,25 +334,35 @@ def main(
     repeats: Annotated[int, typer.Option(min=2)] = 15,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     compiled: bool = True,
+    eager_width: Annotated[list[int], typer.Option(min=1)] = (1, 16),
+    compiled_width: Annotated[list[int], typer.Option(min=1)] = (),
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     if threads:
         torch.set_num_threads(threads)
     rows = []
+
+    def done(part):
+        rows.extend(part)
+        if json_path:  # whatever happens to the rest
+            json_path.write_text(json.dumps(rows, indent=1) + "\n")
+
     for name in shape:
-        rows += measure(name, getattr(torch, dtype), torch.device(device), width, length, repeats, compiled)
+        measure(
+            name, getattr(torch, dtype), torch.device(device), width, length, repeats, compiled, eager_width,
+            compiled_width, done,
+        )  # fmt: skip
     table = Table(title=f"ms a step, {dtype}, {rows[0]['device']}, {rows[0]['threads']} threads, medians of {repeats}")
-    for heading in ("shape", "method", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor"):
+    for heading in ("shape", "method", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor", "gap"):
         table.add_column(heading, justify="left" if heading in ("shape", "method") else "right")
     for row in rows:
         table.add_row(
             row["shape"], row["method"], str(row["block_size"]), str(row["cache_length"]), f"{row['ms']:.2f}",
             "-".join(f"{value:.2f}" for value in row["ms_quartiles"]), f"{row['over_hf_eager']:.2f}x",
             "" if row["over_ours_1"] is None else f"{row['over_ours_1']:.2f}", f"{row['of_floor']:.0%}",
+            "" if row["host_gap"] is None else f"{row['host_gap']:.0%}",
         )  # fmt: skip
     Console(width=130).print(table)
-    if json_path:
-        json_path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

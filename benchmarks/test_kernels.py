@@ -24,8 +24,10 @@ WIDTHS = (1, 8, 16, 32, 64, 128)
 if ON_GPU:
     # (Hq, Hkv, D): Llama-3-8B, Qwen2.5-7B, Llama-2-7B.
     SHAPES = {"32x8x128": (32, 8, 128), "28x4x128": (28, 4, 128), "32x32x128": (32, 32, 128)}
-    LENGTHS = (256, 1024, 4096, 16384, 32768, 131072)
-    SIZES = [(1, width, length) for width in WIDTHS for length in LENGTHS]
+    # First what decides between our kernels (attention_table.py): each of its sizes once. Then the rest of the plots.
+    LENGTHS = (256, 1024, 4096, 16384, 65536)
+    SIZES = [(1, width, length) for width in (16, 1, 64) for length in LENGTHS]
+    SIZES += [(1, width, 1024) for width in (8, 32, 128)]
     SIZES += [(batch, 16, length) for batch in (4, 16) for length in (1024, 16384)]
 else:
     # (Hq, Hkv, D): Llama-3-8B, Qwen2.5-0.5B, and about the bundled model.
@@ -48,6 +50,11 @@ def threads(request):
     torch.set_num_threads(before)
 
 
+def in_triton(call, backend):
+    """Our Triton kernel as an alternative to our CUDA kernel."""
+    return {"triton": call} if backend == "cuda" and backends.available()["triton"] is None else {}
+
+
 @functools.cache
 def flex():
     from torch.nn.attention.flex_attention import flex_attention
@@ -56,7 +63,7 @@ def flex():
 
 
 def flex_alternative(query, keys, values, length):
-    """FlexAttention over the window's block mask, compiled. Each shape compiles anew, so only n = 16 has it."""
+    """FlexAttention over the window's block mask, compiled. Each shape compiles anew, so only one length has it."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     width, rows = query.size(2), keys.size(2)
@@ -87,7 +94,8 @@ def test_block_attention(benchmark, report, threads, dtype, shape, batch, width,
         "sdpa, float mask, gqa": lambda: sdpa(transposed, keys, values, added, enable_gqa=True),
         "sdpa, float mask, expanded before": lambda: sdpa(transposed, *wide, added),
     }
-    if ON_GPU and width == 16 and batch == 1:
+    alternatives |= in_triton(lambda: block_attention(query, keys, values, lengths, starts, backend="triton"), backend)
+    if ON_GPU and width == 16 and batch == 1 and length == 4096:
         alternatives["flex attention"] = flex_alternative(transposed, keys, values, length)
     with torch.inference_mode():
         compare(
@@ -123,7 +131,7 @@ def test_converge(benchmark, report, threads, dtype, vocabulary):
         "torch": lambda: converge_(logits, state, backend="torch"),
         "torch.argmax alone": lambda: logits.argmax(-1),
         "argmax, compare, .item()": lambda: accept_length(logits, state.window)[0].item(),
-    }
+    } | in_triton(lambda: converge_(logits, state, backend="triton"), BACKEND)
     if ON_GPU:
         compiled = torch.compile(accept_length, dynamic=False)
         alternatives["argmax, compare, compiled"] = lambda: compiled(logits, state.window)
@@ -153,7 +161,8 @@ def test_append_kv(benchmark, report, dtype, shape):
             benchmark,
             report,
             lambda: append_kv_(*caches, *window, lengths, backend=BACKEND),
-            {"torch": lambda: append_kv_(*caches, *window, lengths, backend="torch")},
+            {"torch": lambda: append_kv_(*caches, *window, lengths, backend="torch")}
+            | in_triton(lambda: append_kv_(*caches, *window, lengths, backend="triton"), BACKEND),
             flops=0,
             nbytes=2 * sum(tensor.nbytes for tensor in window),
             dtype=DTYPES[dtype],
@@ -182,7 +191,8 @@ def test_append_kv_with_rope(benchmark, report, dtype, shape):
             {
                 "rotated in torch, appended by the op": lambda: rotated_before(BACKEND),
                 "torch": lambda: rotated_before("torch"),
-            },
+            }
+            | in_triton(lambda: append_kv_(*caches, key, value, lengths, cos, sin, backend="triton"), BACKEND),
             flops=3 * key.numel(),
             nbytes=2 * (key.nbytes + value.nbytes) + cos.nbytes + sin.nbytes,
             dtype=DTYPES[dtype],

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch  # before cllm_kernels._C, so that both use the OpenMP runtime that torch ships
@@ -13,8 +15,11 @@ import torch  # before cllm_kernels._C, so that both use the OpenMP runtime that
 from .ops.state_fields import FIELDS
 
 NAMES = ("cpp", "cuda", "triton", "torch")
-# On a CUDA device "auto" is the first of these that can run the call. No GPU has compared them yet.
+# On a CUDA device "auto" is the first of these that can run the call, where nothing was measured.
 GPU_ORDER = ("cuda", "triton", "torch")
+# Which of the first two was measured to be faster in block_attention, by the GPU's name and `attention_cell`. Written by
+# benchmarks/attention_table.py; CLLM_ATTENTION_TABLE names another file, or none where it is empty.
+ATTENTION_TABLE = Path(__file__).with_name("attention_table.json")
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -66,9 +71,17 @@ def _coverage_reason(device: torch.device) -> str | None:
     """Why the build has no code for a device, or None: binary code runs on its major version from its minor version on."""
     major, minor = torch.cuda.get_device_capability(device)
     info = EXTENSION.build_info()["cuda"]
-    fits = any(arch // 10 == major and arch % 10 <= minor for arch in info["archs"])
-    if fits or info["ptx"] <= 10 * major + minor:
+    if any(arch // 10 == major and arch % 10 <= minor for arch in info["archs"]):
         return None
+    if info["ptx"] <= 10 * major + minor:  # the driver compiles it, if it knows that version of PTX
+        driver, runtime = CUDA.driver_version(), CUDA.runtime_version()
+        if driver >= runtime:
+            return None
+        return (
+            f"{device} has compute capability {major}.{minor}, for which the driver would have to compile PTX of CUDA "
+            f"{_version(runtime)}, and it runs CUDA up to {_version(driver)}; CLLM_CUDA_ARCHS={10 * major + minor} at build "
+            "time needs no compiling"
+        )
     built = ", ".join(f"{arch // 10}.{arch % 10}" for arch in info["archs"])
     return (
         f"{device} has compute capability {major}.{minor}, and the kernels were built for {built} and what is newer "
@@ -114,8 +127,43 @@ def available() -> dict[str, str | None]:
     return {"cpp": _REASON, "cuda": _cuda_reason(), "triton": _triton_reason(), "torch": None}
 
 
-def _auto_on_gpu(device: torch.device, refusal: str | None, kernels: tuple[str, ...]) -> str:
-    for name in GPU_ORDER:
+@functools.cache
+def attention_cell(dim: int, rows: int, capacity: int) -> str:
+    """What one entry of the table of measurements is for: sizes up to the next of those that are measured.
+
+    dim: the larger head size; rows: of a cache head, n x Hq / Hkv; capacity: of the cache. Neither batch nor dtype:
+    a row's result does not depend on the rows beside it.
+    """
+    largest = 512
+    while largest < capacity:
+        largest *= 4
+    size = next((size for size in (64, 96, 128) if dim <= size), 256)
+    return f"D={size} rows={max(16, 1 << (rows - 1).bit_length())} S={largest}"
+
+
+@functools.cache
+def attention_table(device: torch.device) -> dict[str, str]:
+    """The entries for a GPU: "cuda" or "triton" by :func:`attention_cell`.
+
+    Raises ValueError on a file that is not such a table.
+    """
+    path = os.environ.get("CLLM_ATTENTION_TABLE", str(ATTENTION_TABLE))
+    if not path:
+        return {}
+    try:
+        table = json.loads(Path(path).read_text())
+        if any(name not in GPU_ORDER[:2] for cells in table.values() for name in cells.values()):
+            raise ValueError("an entry is neither 'cuda' nor 'triton'")
+    except (OSError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no table of benchmarks/attention_table.py (CLLM_ATTENTION_TABLE): {error}") from error
+    return table.get(torch.cuda.get_device_name(device), {})
+
+
+def _auto_on_gpu(device: torch.device, refusal: str | None, kernels: tuple[str, ...], cell: str | None) -> str:
+    order = GPU_ORDER
+    if cell is not None and attention_table(device).get(cell) == "triton":
+        order = ("triton", *(name for name in order if name != "triton"))
+    for name in order:
         if name == "triton" and name in kernels and not interpreted() and _triton_reason() is None:
             return name
         if name == "cuda" and name in kernels and refusal is None and CUDA is not None:
@@ -131,6 +179,7 @@ def resolve(
     device: torch.device,
     refusal: str | None = None,
     kernels: tuple[str, ...] = ("cpp", "cuda", "triton"),
+    cell: str | None = None,
 ) -> str:
     """The backend that runs when `name` is asked for with tensors on `device`.
 
@@ -138,6 +187,7 @@ def resolve(
     GPU_ORDER that is there: "cuda" where it is built, the driver and the device can run it, and nothing speaks against
     this call, which `refusal` says. On the CPU it is "cpp" where it is there, else "torch".
     kernels: the backends that the op has beside "torch".
+    cell: entry of the table of measurements that the call falls into; where Triton was faster, it comes first.
 
     Raises ValueError on an unknown name and on "cuda" with a refusal, and RuntimeError on a backend that cannot run,
     with the reason.
@@ -147,7 +197,7 @@ def resolve(
         if name == "auto":
             if device.type == "cpu":
                 return "cpp" if EXTENSION is not None and "cpp" in kernels else "torch"
-            return _auto_on_gpu(device, refusal, kernels) if device.type == "cuda" else "torch"
+            return _auto_on_gpu(device, refusal, kernels, cell) if device.type == "cuda" else "torch"
     if name == "torch":
         return name
     if name in NAMES and name not in kernels:

@@ -170,6 +170,11 @@ def doctor() -> None:
     for name, reason in backends.available().items():
         table.add_row(f"backend {name}", "available" if reason is None else f"not available: {reason}")
     table.add_row("auto on this CPU", backends.resolve("auto", torch.device("cpu")))
+    for index in range(torch.cuda.device_count()):
+        device, name = torch.device("cuda", index), torch.cuda.get_device_name(index)
+        faster = sum(backend == "triton" for backend in backends.attention_table(device).values())
+        measured = f", Triton for {faster} of {len(backends.attention_table(device))} measured sizes of attention"
+        table.add_row(f"auto on cuda:{index}, {name}", backends.resolve("auto", device) + measured)
     if backends.EXTENSION is not None:
         table.add_row("CPU instruction set", backends.EXTENSION.cpu_isa())
         for key, value in backends.EXTENSION.build_info().items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import warnings
@@ -24,6 +25,8 @@ Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 # average half is in vain, and one more that was launched before its status was read.
 _LONGEST_CHUNK = 16
 _CHUNKS = 12
+# A first visible row behind every cache; lengths can be subtracted from it.
+_BEHIND = 1 << 30
 
 
 @dataclasses.dataclass
@@ -66,7 +69,7 @@ class Session:
         positions = self.positions[:rows, :width]
         lengths, starts = self.bounds[:, :rows].unbind()
         torch.sub(self.columns[:width], starts[:, None], out=positions)
-        return positions.add_(lengths[:, None]).clamp_(max=self.limit)
+        return positions.add_(lengths[:, None]).clamp_(0, self.limit)
 
     def drop_finished(self) -> JacobiState:
         """Goes on with the running rows alone, moved to the front; returns their state, which shares memory with `whole`."""
@@ -92,11 +95,15 @@ class Session:
         self.bounds[1].copy_(starts)
 
 
+def may_capture(device: torch.device, config: JacobiConfig) -> bool:
+    """Whether graphs are wanted on a device that has them."""
+    return device.type == "cuda" and config.cuda_graph is not False
+
+
 def runs_on_device(device: torch.device, config: JacobiConfig, processing: Processing) -> bool:
     """Whether iterations can be captured: a fixed width, drafts made by ``converge_``, processors of scores alone."""
     return (
-        device.type == "cuda"
-        and config.cuda_graph is not False
+        may_capture(device, config)
         and not (config.adapts or config.record_trajectory or "lookup" in config.sources)
         and processing.on_device
     )
@@ -105,21 +112,58 @@ def runs_on_device(device: torch.device, config: JacobiConfig, processing: Proce
 def capture(step: Callable[[], None], count: int, running: torch.Tensor) -> Callable[[], None]:
     """Records ``count`` steps as one CUDA graph without running them; returns what launches it.
 
-    Where torch can (2.12 and later), each step but the first is a conditional node: it is left out once ``running``, an
-    integer on the device, is 0.
+    Each step but the first is a conditional node where there are such: it is left out once ``running``, an integer on the
+    device, is 0.
     """
+    stream = _graph_stream(running.device)
     # Graphs that never run at the same time can share the memory that they need inside.
-    key = (torch.cuda.current_device(), threading.get_ident())
+    key = (running.device.index, threading.get_ident())
+    conditions = _has_conditions(running.device)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pools.get(key)):
+    with torch.cuda.graph(graph, pool=_pools.get(key), stream=stream):
         for turn in range(count):
-            with _where(running > 0, graph) if turn and _HAS_CONDITIONS else contextlib.nullcontext():
+            with _where(running > 0, graph) if turn and conditions else contextlib.nullcontext():
                 step()
     _pools.setdefault(key, graph.pool())
     return graph.replay
 
 
-_HAS_CONDITIONS = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+_pools: dict[tuple[int, int], tuple[int, int]] = {}
+
+
+@functools.cache
+def _graph_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which a device's graphs are captured."""
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def on_graph_stream(device: torch.device) -> Iterator[None]:
+    """Where steps run before their capture: what libraries set up for a stream must not be made while a graph is captured."""
+    if device.type != "cuda":
+        yield
+        return
+    stream, current = _graph_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
+
+
+@functools.cache
+def _has_conditions(device: torch.device) -> bool:
+    """Whether graphs can have conditional nodes: torch 2.12 and CUDA 12.4 brought them. A small graph is tried."""
+    if not hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node"):
+        return False
+    count, graph = torch.zeros((), dtype=torch.int32, device=device), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=_graph_stream(device)), _where(count < 1, graph):
+            count.add_(1)
+        for _ in range(2):
+            graph.replay()
+    except RuntimeError:
+        return False
+    return int(count) == 1
 
 
 @contextlib.contextmanager
@@ -129,9 +173,6 @@ def _where(condition: torch.Tensor, graph: torch.cuda.CUDAGraph) -> Iterator[Non
         yield
     finally:
         graph.end_capture_to_conditional_node()
-
-
-_pools: dict[tuple[int, int], tuple[int, int]] = {}
 
 
 class Poll:
@@ -168,8 +209,12 @@ def make_step(session: Session, config: JacobiConfig, processing: Processing, ba
     """An iteration: forward over the window, then ``converge_``. It reads nothing on the host."""
     state = session.state
     width = state.width
+    starts = session.bounds[1, : state.rows]
 
     def step() -> None:
+        if state.rows > 1:
+            # Finished rows see no key, and attention leaves them at once.
+            starts.masked_fill_(state.done != 0, _BEHIND)
         logits = session.forward(state.window, session.window_positions(width), width)
         converge(processing(logits, state), state, config, processing, backend)
 
@@ -201,8 +246,9 @@ def run_chunks(
     done = 0
     if session.replay is None:
         # Kernels are compiled and libraries set up by steps that run, and these tell how many tokens a step gives.
-        for _ in range(2):
-            step()
+        with on_graph_stream(state.device):
+            for _ in range(2):
+                step()
         done = 2
         check_status(int(state.status[1]))
         rate = float(state.produced.sum() / state.iterations.sum().clamp(min=1))

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -34,6 +35,7 @@ from ..decoding import (
     decode,
     is_stateful,
 )
+from ..decoding.session import may_capture, runs_on_device
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask
@@ -115,7 +117,9 @@ def jacobi_generate(
     :class:`cllm_kernels.JacobiConfig`. transformers keeps generate's ``streamer`` from such callables: pass
     it as ``text_streamer`` here (:class:`JacobiGenerator` and ``decoding="jacobi"`` take ``streamer``).
     ``on_commit`` is called after every iteration with the tokens that it committed. Both take one sequence.
-    ``compiled`` is called in the model's place: what ``torch.compile`` made of it.
+    ``compiled`` is called in the model's place: what ``torch.compile`` made of it. It runs windows, which have one shape;
+    prompts, which have many, run as the model is, as in transformers' generate. Graphs of iterations hold it too, unless
+    it has CUDA graphs of its own (mode="reduce-overhead"), of which a warning tells.
 
     ``do_sample=True`` draws each token with noise that its seed, its row and its place alone decide (see
     :func:`cllm_kernels.ops.converge_`), so that every window gives the tokens that one token at a time
@@ -174,10 +178,13 @@ def jacobi_generate(
             on_commit = functools.partial(_stream, text_streamer, on_commit)
         stack.enter_context(_evaluation_mode(model))
         if attention == "block":
-            stack.enter_context(block_attention_enabled(model, chosen))
+            # "auto" stays with the op, which knows what was measured for its sizes.
+            own = "auto" if config.backend == "auto" and chosen == "cuda" else chosen
+            stack.enter_context(block_attention_enabled(model, own))
         if config.optimize and compiled is None:
             stack.enter_context(optimized(model, chosen))
         stack.enter_context(torch.inference_mode())
+        stack.enter_context(torch.cuda.device_of(prompt))  # whose streams and graphs are used
         session = _session(
             model,
             prompt,
@@ -508,7 +515,7 @@ def _session(
     """Buffers for this prompt, out of `memory` where an earlier call left them."""
     rows, width = input_ids.shape
     device = input_ids.device
-    kept = memory is not None and device.type == "cuda" and config.cuda_graph is not False and not processing.processors
+    kept = memory is not None and may_capture(device, config) and not processing.processors
     output, extra = max_new_tokens, 0
     if kept:
         output = -(-max_new_tokens // _OUTPUT_STEP) * _OUTPUT_STEP
@@ -540,12 +547,27 @@ def _session(
     capacity = width + extra - 1 + output + config.width
     forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
     session = Session(forward, state, bounds, max_position, cache)
+    if runs_on_device(device, config, processing) and _has_graphs_of_its_own(model, compiled):
+        session.capturable = False
+        warnings.warn(
+            "the model is compiled with CUDA graphs of its own, which graphs of whole iterations cannot hold, so each "
+            'iteration is launched by itself; torch.compile with mode="default" or "max-autotune-no-cudagraphs" avoids that',
+            RuntimeWarning,
+            stacklevel=2,
+        )
     if kept:
         # Few, since each holds a cache.
         for old in [other for other in memory if other[0] == "session"][: 1 - _KEPT_SESSIONS]:
             del memory[old]
         memory[key] = session
     return session
+
+
+def _has_graphs_of_its_own(model: PreTrainedModel, compiled: Callable | None) -> bool:
+    """Whether torch.compile was asked for CUDA graphs (modes reduce-overhead and max-autotune), also of a module inside."""
+    calls = [compiled, *(getattr(module, "_compiled_call_impl", None) for module in model.modules())]
+    configs = [call.get_compiler_config() for call in calls if hasattr(call, "get_compiler_config")]
+    return any(config.get("triton.cudagraphs") for config in configs if config)
 
 
 def _fingerprint(model: PreTrainedModel) -> int:
@@ -569,9 +591,8 @@ def window_forward(
 ) -> tuple[Forward, JacobiCache]:
     """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``, and that cache.
 
-    With block attention, call it under ``block_attention_enabled``. compiled: is called in the model's place.
+    With block attention, call it under ``block_attention_enabled``. compiled: is called with windows in the model's place.
     """
-    call = model if compiled is None else compiled
     native = attention == "native"
     cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
     keeps, dtype = model._supports_logits_to_keep(), model.dtype
@@ -579,6 +600,7 @@ def window_forward(
     def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
         rows = bounds[:, : tokens.shape[0]]
+        call = compiled if compiled is not None and tokens.shape[1] == keep else model
         outputs = call(
             input_ids=tokens,
             attention_mask=dense_mask(rows, tokens.shape[1], capacity, dtype) if native else as_mask(rows),

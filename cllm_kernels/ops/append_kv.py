@@ -135,7 +135,8 @@ def _implementation(key_cache, value_cache, key, value, lengths, cos=None, sin=N
         from ..triton.append_kv import append_kv_ as run
 
         check_room(lengths, key.size(2), capacity)
-        run(key_cache, value_cache, key, value, lengths, cos, sin)
+        with torch.cuda.device_of(key_cache):  # Triton launches on the current device
+            run(key_cache, value_cache, key, value, lengths, cos, sin)
         return
     angles = [(0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2]) for tensor in (cos, sin)]
     rotary, angle_dtype = (0, key.dtype) if cos is None else (cos.size(2), cos.dtype)

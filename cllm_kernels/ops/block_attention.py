@@ -205,14 +205,19 @@ def _implementation(
     backend="auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks)
-    backend = backends.resolve(backend, query.device, cuda_refusal(query.dtype, query.size(3), value_cache.size(3)))
+    dim, value_dim = query.size(3), value_cache.size(3)
+    cell = None
+    if backend == "auto" and query.is_cuda:
+        rows = query.size(1) * (query.size(2) // key_cache.size(1))
+        cell = backends.attention_cell(max(dim, value_dim), rows, key_cache.size(2))
+    backend = backends.resolve(backend, query.device, cuda_refusal(query.dtype, dim, value_dim), cell=cell)
     if backend == "torch":
         out, lse = reference(
             query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks
         )
         return out.to(query.dtype), lse
-    batch, width, heads, dim = query.shape
-    kv_heads, capacity, value_dim = key_cache.size(1), key_cache.size(2), value_cache.size(3)
+    batch, width, heads, _ = query.shape
+    kv_heads, capacity = key_cache.size(1), key_cache.size(2)
     lengths, starts = lengths.contiguous(), starts.contiguous()
     if sinks is not None:
         sinks = sinks.to(torch.float32).contiguous()
@@ -221,7 +226,8 @@ def _implementation(
 
         check_room(lengths, width, capacity)
         _check_starts(starts)
-        return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
+        with torch.cuda.device_of(query):  # Triton launches on the current device
+            return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
     out = query.new_empty(batch, width, heads, value_dim)
     lse = query.new_empty(batch, heads, width, dtype=torch.float32)
     arguments = (

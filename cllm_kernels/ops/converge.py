@@ -245,7 +245,8 @@ def _implementation(logits, *arguments) -> None:
         from ..triton.converge import converge_ as run
 
         named = dict(zip(_INDEX, tensors, strict=True))
-        run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill, temperature)
+        with torch.cuda.device_of(logits):  # Triton launches on the current device
+            run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill, temperature)
     elif logits.size(0) == 0:
         state.status.zero_()
     else:

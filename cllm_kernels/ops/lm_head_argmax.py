@@ -82,7 +82,8 @@ def _implementation(
         return reference(hidden, weight, bias, scale, softcap)
     from ..triton.lm_head_argmax import lm_head_argmax as run
 
-    return run(hidden, weight, bias, scale, softcap)
+    with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        return run(hidden, weight, bias, scale, softcap)
 
 
 def _fake(hidden, weight, bias=None, scale=1.0, softcap=0.0, backend="auto") -> tuple[torch.Tensor, torch.Tensor]:

@@ -434,14 +434,12 @@ CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
   int* last = reinterpret_cast<int*>(memory);
   __syncthreads();  // the partial results of all threads come before the ticket
   if (threadIdx.x == 0) {
-    __threadfence();
     uint32_t* ticket = a.tickets + (batch * p.kv_heads + head) * a.tiles + tile;
-    *last = atomicAdd(ticket, 1u) + 1 == static_cast<uint32_t>(a.splits);
+    *last = draw_ticket(ticket) + 1 == static_cast<uint32_t>(a.splits);
     if (*last) *ticket = 0;  // for the next launch
   }
   __syncthreads();
   if (!*last) return;
-  __threadfence();
   for (int local = threadIdx.x / 32; local < Tile::rows; local += Tile::threads / 32)
     if (tile * Tile::rows + local < a.rows) merge_row<T>(a, batch, head, tile * Tile::rows + local);
 }

@@ -354,13 +354,9 @@ CLLM_KERNEL(converge_threads, 4) converge_kernel(ConvergeArguments a) {
     const uint64_t key = block_max(best.key(), scratch);
     if (threadIdx.x == 0) a.keys[position * a.splits + blockIdx.y] = key;
   }
-  if (threadIdx.x == 0) {
-    __threadfence();  // the key is there before the ticket is drawn
-    *last = atomicAdd(a.ticket, 1u) + 1 == gridDim.x * gridDim.y;
-  }
+  if (threadIdx.x == 0) *last = draw_ticket(a.ticket) + 1 == gridDim.x * gridDim.y;
   __syncthreads();
   if (!*last) return;
-  __threadfence();
   converge_tail(a, counts, memory + converge_head);
 }
 

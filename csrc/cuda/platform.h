@@ -64,6 +64,16 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 constexpr uint32_t all_lanes = 0xFFFFFFFFu;
 
+// How many blocks drew before. What this block's threads wrote before a barrier in front of it can be read by the
+// threads of the block that draws last, behind a barrier: one fence releases it, the other acquires what the others
+// released. One thread draws for a block.
+__device__ __forceinline__ uint32_t draw_ticket(uint32_t* ticket) {
+  __threadfence();
+  const uint32_t before = atomicAdd(ticket, 1u);
+  __threadfence();
+  return before;
+}
+
 // Loads of what other blocks wrote in this launch: past the L1 cache, which does not see their writes.
 template <class T>
 __device__ __forceinline__ T load_shared_result(const T* at) {

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -103,7 +104,12 @@ def test_verify_ids():
         assert result.exit_code == 1 and message in result.output, result.output
 
 
-def test_doctor_lists_every_backend():
+def test_doctor_lists_every_backend(monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU X")
+        monkeypatch.setenv("CLLM_BACKEND", "torch")
+        backends.attention_table.cache_clear()
     result = run("doctor")
     assert result.exit_code == 0
     text = " ".join(result.output.replace("│", " ").split())
@@ -111,6 +117,7 @@ def test_doctor_lists_every_backend():
         state = "available" if reason is None else f"not available: {reason.split()[0]}"
         assert f"backend {name} {state}" in text
     assert "avx2" in text
+    assert "auto on cuda:0" in text and "measured sizes of attention" in text
 
 
 def test_errors_keep_their_brackets(monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import make_model, make_prompts
 
-from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels import JacobiConfig, JacobiGenerator, backends
 from cllm_kernels.comparison import load_model
 from cllm_kernels.decoding import session
 from cllm_kernels.spider import prompt_for
@@ -82,3 +82,81 @@ def test_sampling_is_the_same_in_graphs_and_without():
     graphs = JacobiGenerator(model, JacobiConfig(block_size=6, seed=3)).generate(**inputs, **options)
     alone = JacobiGenerator(model, JacobiConfig(draft="none", cuda_graph=False, seed=3)).generate(**inputs, **options)
     assert torch.equal(graphs, alone)
+
+
+@pytest.mark.skipif(backends.available()["cuda"] is not None, reason=str(backends.available()["cuda"]))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_generate_in_bfloat16(compiled):
+    """Graphs and eager iterations run the same kernels, so that they give the same tokens."""
+    model = make_model("llama", dtype=torch.bfloat16).cuda()
+    model = torch.compile(model) if compiled else model
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(3).items()}
+    tokens = []
+    for graph in (True, False):
+        generator = JacobiGenerator(model, JacobiConfig(block_size=8, cuda_graph=graph))
+        tokens.append(generator.generate(**inputs, do_sample=False, max_new_tokens=40))
+        assert generator.statistics.backend == "cuda"
+    assert torch.equal(*tokens)
+
+
+def test_the_loop_allocates_nothing_and_asks_for_one_status_a_graph(monkeypatch):
+    """Of a session that is kept: replays with a read of the status behind each, while torch refuses what would wait."""
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6))
+    options = dict(do_sample=False, max_new_tokens=60)
+    want = generator.generate(**inputs, **options)
+    counts, plain = [], session.run_chunks
+
+    def watched(kept, *rest):
+        replay, sent = kept.replay, []
+
+        def counted():
+            before = torch.cuda.memory_stats()["allocation.all.allocated"]
+            replay()
+            counts.append(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+
+        send = session.Poll.send
+        monkeypatch.setattr(session.Poll, "send", lambda poll: sent.append(1) or send(poll))
+        kept.replay = counted
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return plain(kept, *rest)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            kept.replay = replay
+            assert len(sent) == len(counts)
+
+    monkeypatch.setattr("cllm_kernels.decoding.loop.run_chunks", watched)
+    assert torch.equal(generator.generate(**inputs, **options), want)
+    assert counts and not any(counts)
+
+
+@pytest.mark.parametrize("graph", [None, False], ids=["graphs", "eager"])
+def test_on_a_stream_of_the_caller(graph):
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    want = model.generate(**inputs, **options)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6, cuda_graph=graph))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = [generator.generate(**inputs, **options) for _ in range(2)]
+    torch.cuda.synchronize()
+    assert all(torch.equal(tokens, want) for tokens in got)
+
+
+@pytest.mark.parametrize("graph", [None, False], ids=["graphs", "eager"])
+def test_on_another_device_than_the_current_one(graph):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one GPU")
+    model = make_model("llama").to("cuda:1")
+    inputs = {name: tensor.to("cuda:1") for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6, cuda_graph=graph))
+    with torch.cuda.device(1):
+        want = model.generate(**inputs, **options)
+    for _ in range(2):
+        assert torch.equal(generator.generate(**inputs, **options), want)
+    assert torch.cuda.current_device() == 0

@@ -7,10 +7,12 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import EOS, make_model, make_prompts
+from helpers import EOS, Frames, make_model, make_prompts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
 from cllm_kernels.decoding import JacobiCache, loop, session
+from cllm_kernels.integrations import generate
 from cllm_kernels.ops import JacobiState
 
 MODEL = make_model("qwen2", seed=4)
@@ -30,12 +32,35 @@ def no_host_reads(monkeypatch):
         yield
 
 
+class HostReads(TorchDispatchMode):
+    """Counts operations, and those of them that give the host a value or a shape that is known on the device alone."""
+
+    operations = reads = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        self.reads += bool({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags))
+        return func(*args, **(kwargs or {}))
+
+
+class Launches(list):
+    """The steps of each launch.
+
+    Attributes:
+        captures: how many graphs were recorded.
+    """
+
+    captures = 0
+
+
 @pytest.fixture
 def launches(monkeypatch):
-    """Makes the CPU decode in chunks; the list holds the steps of each launch."""
-    counts = []
+    """Makes the CPU decode in chunks, and keep them for other prompts, as GPUs do."""
+    counts = Launches()
 
     def capture(step, count, running):
+        counts.captures += 1
+
         def replay():
             counts.append(count)
             with no_host_reads(monkeypatch):
@@ -44,9 +69,9 @@ def launches(monkeypatch):
 
         return replay
 
-    plain = session.runs_on_device
     monkeypatch.setattr(session, "capture", capture)
-    monkeypatch.setattr(loop, "runs_on_device", lambda device, *rest: plain(torch.device("cuda"), *rest))
+    for module in (session, generate):
+        monkeypatch.setattr(module, "may_capture", lambda device, config: config.cuda_graph is not False)
     return counts
 
 
@@ -54,6 +79,38 @@ def test_the_guard_sees_reads(monkeypatch):
     for read in (lambda t: t.item(), lambda t: t.tolist(), bool, int, float, lambda t: [0, 1][t], lambda t: t.numpy()):
         with no_host_reads(monkeypatch), pytest.raises(AssertionError, match="host reads"):
             read(torch.tensor(1))
+
+
+def test_the_mode_sees_reads():
+    x, keep = torch.arange(3), torch.tensor([True, False, True])
+    for read in (x.sum().item, x.nonzero, lambda: x[keep], lambda: torch.equal(x, x), lambda: bool(x.sum()), x.unique):
+        with HostReads() as seen:
+            read()
+        assert seen.reads > 0
+    with HostReads() as seen:
+        x.add_(1).clamp_(0, 2)
+    assert seen.operations == 2 and seen.reads == 0
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_operation_of_a_step_needs_the_host(rows, launches, monkeypatch):
+    plain, modes = session.make_step, []
+
+    def watched(*args):
+        step = plain(*args)
+
+        def run():
+            with HostReads() as mode:
+                step()
+            modes.append(mode)
+
+        return run
+
+    monkeypatch.setattr(session, "make_step", watched)
+    options = dict(do_sample=True, top_k=9, top_p=0.9, temperature=1.3, max_new_tokens=30)
+    JacobiGenerator(MODEL, JacobiConfig(block_size=6, seed=3)).generate(**make_prompts(rows), **options)
+    assert len(modes) == 2 + sum(launches)
+    assert all(mode.operations > 20 and mode.reads == 0 for mode in modes)
 
 
 @pytest.mark.parametrize("longest", [1, 3, 16])
@@ -65,13 +122,33 @@ def test_equals_generate_without_host_reads(rows, mode, longest, launches, monke
     inputs = make_prompts(rows)
     options = dict(do_sample=False, max_new_tokens=60, eos_token_id=[EOS, *range(3, 6)])
     expected = MODEL.generate(**inputs, **options)
+    reads, send = [], session.Poll.send
+    monkeypatch.setattr(session.Poll, "send", lambda poll: reads.append(poll) or send(poll))
     generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6, mode=mode))
     assert torch.equal(generator.generate(**inputs, **options), expected)
+    assert len(reads) == len(launches)
     run = generator.statistics
     assert launches and set(launches) <= set(range(1, longest + 1))
     assert run.forwards == 3 + sum(launches)  # the prompt's, two steps that compile, the launches
     assert max(row.iterations for row in run.rows) > run.forwards - 3 * longest  # at most the last two were in vain
     assert sum(run.steps.values()) == run.forwards
+
+
+def test_the_device_of_the_model_is_current(launches, monkeypatch):
+    """Streams, events and graphs are those of the current device."""
+    inside, seen = [], []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        inside.append(tensor.device)
+        yield
+        inside.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    plain = session.make_step
+    monkeypatch.setattr(session, "make_step", lambda *args: seen.append(tuple(inside)) or plain(*args))
+    JacobiGenerator(MODEL, JacobiConfig(block_size=5)).generate(**make_prompts(1), do_sample=False, max_new_tokens=20)
+    assert seen == [(torch.device("cpu"),)] and not inside
 
 
 def test_sampling_and_pointwise_processors_stay_on_the_device(launches):
@@ -142,34 +219,152 @@ def test_a_forward_that_cannot_be_captured_is_reported(launches, monkeypatch):
     assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("conditions", [True, False])
-def test_steps_behind_the_first_are_conditional(conditions, monkeypatch):
-    """With a stand-in for torch's graph that writes down what is captured, and where."""
-    log = []
+def test_finished_rows_see_nothing(launches, monkeypatch):
+    """So that attention leaves them at once; the others are what they are alone."""
+    inputs, sessions = make_prompts(3), []
+    alone = [MODEL.generate(**{k: v[row : row + 1] for k, v in inputs.items()}, do_sample=False, max_new_tokens=40)
+             for row in range(3)]  # fmt: skip
+    stop = alone[0][0, 15].item()  # ends the first row early
+    run = session.run_chunks
+    monkeypatch.setattr(loop, "run_chunks", lambda kept, *rest: sessions.append(kept) or run(kept, *rest))
+    options = dict(do_sample=False, max_new_tokens=40, eos_token_id=stop, pad_token_id=0)
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=5))
+    got = generator.generate(**inputs, **options)
+    assert torch.equal(got, MODEL.generate(**inputs, **options))
+    (kept,) = sessions
+    counts = [row.tokens for row in generator.statistics.rows]
+    assert min(counts) < max(counts)
+    ended = torch.tensor(counts) < max(counts)
+    assert (kept.bounds[1][ended] == session._BEHIND).all()
+    again = generator.generate(**inputs, **options)  # by the same session
+    assert torch.equal(again, got) and sessions[1] is kept
 
-    class Graph:
-        def begin_capture_to_if_node(self, condition):
-            log.append(("if", condition))
 
-        def end_capture_to_conditional_node(self):
-            log.append("end")
+def test_a_compiled_forward_is_compiled_and_captured_once(launches):
+    """Other prompts, counts of tokens and seeds use what is there; another batch has other shapes."""
+    frames, model = Frames(), make_model(seed=5)
+    torch.compiler.reset()
+    generator = JacobiGenerator(torch.compile(model, backend=frames), JacobiConfig(block_size=6))
 
-        def pool(self):
-            return (0, 1)
+    def check(rows, width, tokens):
+        inputs = make_prompts(rows, width, seed=width)
+        options = dict(do_sample=False, max_new_tokens=tokens)
+        assert torch.equal(generator.generate(**inputs, **options), model.generate(**inputs, **options))
+        assert frames.runs == runs + generator.statistics.forwards - 1  # all but the prompt's
+        return frames.runs
 
-        def replay(self):
-            log.append("replay")
+    runs = 0
+    for width, tokens in ((8, 40), (9, 60), (12, 45), (8, 41)):
+        runs = check(1, width, tokens)
+        assert launches.captures == frames.graphs == 1
+    runs = check(2, 8, 40)
+    assert launches.captures == 2
+    graphs = frames.graphs
+    for rows in (1, 2):
+        runs = check(rows, 9, 50)
+    assert launches.captures == 2 and frames.graphs == graphs
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+def test_a_forward_with_graphs_of_its_own_is_not_captured(mode, launches):
+    model, inputs = make_model(seed=5), make_prompts(2)
+    options = dict(do_sample=False, max_new_tokens=20)
+    expected = model.generate(**inputs, **options)
+    generator = JacobiGenerator(torch.compile(model, mode=mode), JacobiConfig(block_size=6))
+    with torch.compiler.set_stance("force_eager"), pytest.warns(RuntimeWarning, match="graphs of its own.*no-cudagraphs"):
+        assert torch.equal(generator.generate(**inputs, **options), expected)
+    assert not launches and not launches.captures
+
+
+def test_which_forwards_have_graphs_of_their_own():
+    model = make_model()
+    own = generate._has_graphs_of_its_own
+    for mode in ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"):
+        assert own(model, torch.compile(model, mode=mode)) is (mode in ("reduce-overhead", "max-autotune"))
+    assert not own(model, None) and not own(model, torch.compile(model, backend=Frames()))
+    model.model.layers[0].compile(mode="reduce-overhead")
+    assert own(model, None)
+
+
+class Graph:
+    """A stand-in for torch's graph that writes down what is captured, and where."""
+
+    log: list
+
+    def pool(self):
+        return (0, 1)
+
+    def replay(self):
+        self.log.append("replay")
+
+
+class ConditionalGraph(Graph):
+    def begin_capture_to_if_node(self, condition):
+        self.log.append(("if", condition))
+
+    def end_capture_to_conditional_node(self):
+        self.log.append("end")
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Stands in for what torch has for graphs; call it with a class of graphs."""
+    forget = session._has_conditions.cache_clear
+    forget()
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, stream=None: contextlib.nullcontext())
+    monkeypatch.setattr(session, "_graph_stream", lambda device: None)
     monkeypatch.setattr(session, "_pools", {})
-    monkeypatch.setattr(session, "_HAS_CONDITIONS", conditions)
+
+    def use(kind):
+        kind.log = []
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", kind)
+        return kind.log
+
+    yield use
+    forget()
+
+
+@pytest.mark.parametrize("conditions", [True, False])
+def test_steps_behind_the_first_are_conditional(conditions, graphs, monkeypatch):
+    log = graphs(ConditionalGraph)
+    monkeypatch.setattr(session, "_has_conditions", lambda device: conditions)
     replay = session.capture(lambda: log.append("step"), 3, torch.tensor(2))
     one = [("if", torch.tensor(True)), "step", "end"] if conditions else ["step"]
     assert log == ["step", *one, *one] and len(session._pools) == 1
     replay()
     assert log[-1] == "replay"
+
+
+def test_graphs_of_several_batch_sizes_share_a_pool(graphs, monkeypatch):
+    graphs(Graph)
+    pools = []
+    monkeypatch.setattr(
+        torch.cuda, "graph", lambda graph, pool=None, stream=None: pools.append(pool) or contextlib.nullcontext()
+    )
+    for _ in range(3):
+        session.capture(lambda: None, 2, torch.tensor(2))
+    assert pools == [None, (0, 1), (0, 1)]
+
+
+def test_conditional_nodes_are_tried(graphs):
+    """torch may have the call and the driver not; and a node that runs whatever its condition is no use."""
+    cpu = torch.device("cpu")
+    graphs(Graph)
+    assert not session._has_conditions(cpu)
+
+    class Refuses(ConditionalGraph):
+        def begin_capture_to_if_node(self, condition):
+            raise RuntimeError("needs CUDA 12.4")
+
+        def end_capture_to_conditional_node(self):
+            raise RuntimeError("not begun")
+
+    session._has_conditions.cache_clear()
+    graphs(Refuses)
+    assert not session._has_conditions(cpu)
+    session._has_conditions.cache_clear()
+    graphs(ConditionalGraph)  # at the capture the counter becomes 1, and replays leave it
+    assert session._has_conditions(cpu)
 
 
 def test_a_session_begins_anew():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import make_model, make_prompts
+from helpers import Frames, make_model, make_prompts
 from transformers import AutoModelForCausalLM
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, disable_jacobi, enable_jacobi, jacobi_generate
@@ -81,22 +81,6 @@ def test_learned_prompts_are_refused():
         enable_jacobi(model)
 
 
-class Frames:
-    """A backend of torch.compile that counts the graphs it gets and runs them as they are."""
-
-    def __init__(self):
-        self.graphs = self.runs = 0
-
-    def __call__(self, graph, example_inputs):
-        self.graphs += 1
-
-        def run(*args):
-            self.runs += 1
-            return graph.forward(*args)
-
-        return run
-
-
 @pytest.mark.parametrize("how", ["function", "method"])
 def test_compiled(how):
     frames, model, inputs = Frames(), make_model(seed=5), make_prompts(1)
@@ -110,9 +94,9 @@ def test_compiled(how):
     generator = JacobiGenerator(compiled, CONFIG)
     assert torch.equal(generator.generate(**inputs, **GREEDY), expected)
     graphs, runs = frames.graphs, frames.runs
-    assert runs >= generator.statistics.forwards > 0
+    assert runs >= generator.statistics.forwards - 1 > 0
     assert torch.equal(generator.generate(**inputs, **GREEDY), expected)
-    assert frames.runs >= runs + generator.statistics.forwards
+    assert frames.runs >= runs + generator.statistics.forwards - 1
     if how == "function":
         enable_jacobi(compiled, CONFIG)
         assert torch.equal(compiled.generate(**inputs, **GREEDY, decoding="jacobi"), expected)

@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -82,8 +83,9 @@ def test_auto_follows_the_order_on_a_gpu(monkeypatch):
         ({"capability": (7, 5)}, "cuda:0 has compute capability 7.5, and the kernels were built for 8.0, 9.0, 10.0"),
         ({"capability": (9, 0), "archs": (80, 100)}, "cuda:0 has compute capability 9.0"),
         ({"capability": (8, 0), "archs": (86,), "ptx": 86}, "built for 8.6 and what is newer than 8.6"),
+        ({"capability": (12, 0), "runtime": 13010}, "compile PTX of CUDA 13.1, and it runs CUDA up to 13.0"),
     ],
-    ids=["no driver", "old driver", "old GPU", "between", "minor version"],
+    ids=["no driver", "old driver", "old GPU", "between", "minor version", "PTX is newer than the driver"],
 )
 def test_a_gpu_that_cuda_cannot_use(monkeypatch, gpu, reason):
     """Told once; Triton runs. Asked for by name it is an error."""
@@ -104,6 +106,81 @@ def test_a_gpu_that_cuda_can_use(monkeypatch, gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert backends.resolve("auto", CUDA) == backends.resolve("cuda", CUDA) == "cuda"
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """Writes a table of measurements for a GPU that a test makes up."""
+    path = tmp_path / "table.json"
+    monkeypatch.setenv("CLLM_ATTENTION_TABLE", str(path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    backends.attention_table.cache_clear()
+    yield lambda content: path.write_text(content)
+    backends.attention_table.cache_clear()
+
+
+def test_sizes_fall_into_cells():
+    cell = backends.attention_cell
+    assert cell(128, 16 * 7, 1040) == "D=128 rows=128 S=2048"
+    assert cell(80, 1, 8) == "D=96 rows=16 S=512" and cell(200, 16, 512) == "D=256 rows=16 S=512"
+    assert cell(64, 17, 513) == "D=64 rows=32 S=2048" and cell(64, 64, 2**20).endswith("S=2097152")
+
+
+def test_auto_takes_triton_where_it_was_faster(monkeypatch, table):
+    FakeCuda(monkeypatch)
+    slow, fast = backends.attention_cell(128, 64, 1040), backends.attention_cell(128, 64, 9000)
+    table(f'{{"NVIDIA X": {{"{slow}": "triton", "{fast}": "cuda"}}, "NVIDIA Y": {{"{fast}": "triton"}}}}')
+    assert backends.resolve("auto", CUDA, cell=slow) == "triton"
+    assert backends.resolve("auto", CUDA, cell=fast) == backends.resolve("auto", CUDA, cell="unknown") == "cuda"
+    assert backends.resolve("auto", CUDA) == backends.resolve("cuda", CUDA, cell=slow) == "cuda"
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert backends.resolve("auto", CUDA, cell=slow) == "cuda"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"NVIDIA X": 3}', '{"NVIDIA X": {"D=64": "cpp"}}', None])
+def test_a_table_that_is_none(content, monkeypatch, table):
+    FakeCuda(monkeypatch)
+    if content is not None:
+        table(content)
+    with pytest.raises(ValueError, match=r"table.json is no table of benchmarks/attention_table.py \(CLLM_ATTENTION_TABLE\)"):
+        backends.resolve("auto", CUDA, cell="any")
+    assert backends.resolve("auto", CUDA) == "cuda"  # ops that have no table
+    monkeypatch.setenv("CLLM_ATTENTION_TABLE", "")
+    assert backends.resolve("auto", CUDA, cell="any") == "cuda"
+
+
+def test_the_table_of_the_package(monkeypatch):
+    monkeypatch.delenv("CLLM_ATTENTION_TABLE", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    backends.attention_table.cache_clear()
+    assert backends.ATTENTION_TABLE.exists() and backends.attention_table(CUDA) == {}
+    backends.attention_table.cache_clear()
+
+
+def test_a_table_is_made_of_what_was_measured(table, tmp_path):
+    def case(shape, width, length, ours, triton):
+        others = {"sdpa": 9.0} | ({} if triton is None else {"triton": triton})
+        parameters = {"shape": shape, "width": width, "length": length, "batch": 1}
+        facts = {"ours_s": ours, "alternatives_s": others, "device": "NVIDIA X"}
+        return {"name": "test_block_attention[...]", "params": parameters, "extra_info": facts}
+
+    cases = [
+        case("32x8x128", 16, 1024, 1.0, 2.0), case("28x4x128", 16, 1024, 3.0, 1.0),  # 64 and 112 rows
+        case("32x8x128", 16, 4096, 1.01, 1.0), case("32x8x128", 64, 1024, 1.0, None),
+        {"name": "test_converge[...]", "params": None, "extra_info": {"alternatives_s": {"triton": 1.0}}},
+    ]  # fmt: skip
+    measured = tmp_path / "kernels.json"
+    measured.write_text(json.dumps({"benchmarks": cases}))
+    table('{"NVIDIA Y": {"D=64 rows=16 S=512": "triton"}, "NVIDIA X": {"D=64 rows=16 S=512": "triton"}}')
+    script = ROOT / "benchmarks" / "attention_table.py"
+    done = subprocess.run(
+        [sys.executable, script, measured, os.environ["CLLM_ATTENTION_TABLE"]], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True,
+    )  # fmt: skip
+    assert "at least as fast in 2 of 3 sizes" in done.stdout
+    assert backends.attention_table(CUDA) == {
+        "D=128 rows=128 S=2048": "triton", "D=128 rows=64 S=2048": "cuda", "D=128 rows=64 S=8192": "cuda",
+    }  # fmt: skip
 
 
 def test_two_gpus_of_different_architectures(monkeypatch):

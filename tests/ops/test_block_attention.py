@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cllm_kernels.ops import block_attention
+from cllm_kernels.ops import append_kv_, block_attention
 
 # The package's attribute of this name is the function.
 reference = importlib.import_module("cllm_kernels.ops.block_attention").reference
@@ -139,7 +139,7 @@ def test_prompt(window, group, dtype, backend):
 def test_a_query_that_sees_nothing(dtype, backend):
     """Padding inside the window: queries before the start give 0 and -inf, or the sink."""
     query, keys, values, lengths, starts = make(4, 2, 6, [2, 0], dtype=dtype)
-    starts[0], starts[1] = 5, 100
+    starts[0], starts[1] = 5, 1 << 30
     keys[0, :, :5], values[0, :, :5] = math.nan, math.nan
     keys[1], values[1] = math.nan, math.nan
     out, lse = block_attention(query, keys, values, lengths, starts, backend=backend)
@@ -223,6 +223,39 @@ def test_result_depends_on_neither_threads_nor_batch(dtype, backend):
         one = slice(row, row + 1)
         got = block_attention(query[one], keys[one], values[one], lengths[one], starts[one], backend=backend)
         assert torch.equal(got[0], want[0][one])
+
+
+def far_rows(device="cpu"):
+    """Keys and values of 2^20 rows that lie 4096 elements apart, of which 100 have values; window, length, starts."""
+    rows = 1 << 20
+    store = torch.empty(rows * 4096, dtype=torch.bfloat16, device=device)
+    caches = [store.as_strided((1, 2, rows, 64), (4096, 64, 4096, 1), offset) for offset in (0, 1024)]
+    for cache in caches:
+        cache[:, :, -100:] = torch.randn(1, 2, 100, 64, generator=torch.Generator().manual_seed(1))
+    query, *window = make(8, 2, 5, [95], dim=64, dtype=torch.bfloat16)[:3]
+    window = [x[:, :, :5].nan_to_num().contiguous().to(device) for x in window]
+    lengths, starts = (torch.tensor([x], dtype=torch.int32, device=device) for x in (rows - 20, 3))
+    return query.to(device), caches, window, lengths, starts
+
+
+def check_far_rows(backend, device="cpu"):
+    query, caches, window, lengths, starts = far_rows(device)
+    append_kv_(*caches, *window, lengths, backend=backend)
+    near = [cache[:, :, -100:].clone().cpu() for cache in caches]
+    for cache, new in zip(near, window, strict=True):
+        assert torch.equal(cache[:, :, 80:85], new.cpu())
+    out, _ = block_attention(query, *caches, lengths, starts, sliding_window=50, backend=backend)
+    want, _ = reference(
+        query.cpu(), *near, torch.tensor([80]), torch.tensor([0]), sliding_window=50, dtype=torch.float64
+    )
+    torch.testing.assert_close(out.cpu().double(), want, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", ["cpp-baseline", "triton", "cuda-emulated"], indirect=True)
+def test_rows_more_than_2_to_the_31_elements_away(backend, dtype, monkeypatch):
+    """A cache of 2^32 elements, of which hardly any page is touched."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    check_far_rows(backend)
 
 
 def test_large_scores(dtype, backend):

@@ -114,6 +114,7 @@ template <class T>
 T load_shared_result(const T* at) {
   return *at;
 }
+inline uint32_t draw_ticket(uint32_t* ticket) { return (*ticket)++; }
 
 struct MatrixOperand {
   float d[4];
@@ -172,7 +173,6 @@ void wait_for_copies() {
 
 inline void __syncthreads() { cllm::cuda::block_barrier(false); }
 inline bool __syncthreads_or(bool value) { return cllm::cuda::block_barrier(value); }
-inline void __threadfence() {}
 
 inline void __syncwarp() {
   cllm::cuda::warp_operation<int>("syncwarp", 0, [](const int*, int* out) { std::memset(out, 0, 32 * sizeof(int)); });
