@@ -1,8 +1,11 @@
-"""Chooses the draft source and the width of the window while decoding, by the tokens per second that each reaches."""
+"""Chooses the draft source and the width of the window while decoding: by the tokens per second that each reaches, or by
+how far the last block in flight has converged."""
 
 from __future__ import annotations
 
 import dataclasses
+
+from ..ops import JacobiState
 
 # Steps of a trial; the first one is not counted, since its drafts come from another window.
 _TRIAL = 4
@@ -15,6 +18,7 @@ _PATIENCE, _LONGEST_PATIENCE = 16, 512
 @dataclasses.dataclass
 class _Arm:
     source: str
+    candidates: int
     width: int
     tokens: float = 0.0
     seconds: float = 0.0
@@ -25,7 +29,7 @@ class _Arm:
 
 
 class AdaptiveChoice:
-    """The rule: every source with windows of n, n/2 and n/4 tokens, and one token alone, is tried for four steps; what
+    """The rule: every source, alone and with candidates where there are some, with windows of n, n/2 and n/4 tokens, and one token alone, is tried for four steps; what
     gave the most tokens per second goes on. After 16 steps another one gets a trial, in turn, and if the choice stays,
     the time until the next trial doubles, up to 512 steps. So where drafts do not pay, decoding is autoregressive but
     for four steps in some five hundred.
@@ -35,12 +39,12 @@ class AdaptiveChoice:
 
     Args:
         width: full width n.
-        sources: names of draft sources.
+        sources: names of draft sources, with the most candidates of each.
     """
 
-    def __init__(self, width: int, sources: tuple[str, ...]):
+    def __init__(self, width: int, sources: tuple[tuple[str, int], ...]):
         widths = sorted({width, max(2, width // 2), max(2, width // 4)}, reverse=True)
-        self.arms = [_Arm(source, size) for size in widths for source in sources] + [_Arm(sources[0], 1)]
+        self.arms = [_Arm(*source, size) for size in widths for source in sources] + [_Arm(sources[0][0], 1, 1)]
         self._best = 0
         self._current = 0
         self._untried = list(range(1, len(self.arms)))
@@ -49,12 +53,12 @@ class AdaptiveChoice:
         self._patience = _PATIENCE
         self._following = 0
 
-    def next(self) -> tuple[str, int]:
-        """Source and width of the next step."""
+    def next(self) -> tuple[str, int, int]:
+        """Source, candidates and width of the next step."""
         if self._left == 0:
             self._turn()
         arm = self.arms[self._current]
-        return arm.source, arm.width
+        return arm.source, arm.candidates, arm.width
 
     def observe(self, accepted: list[int], seconds: float) -> None:
         """What the step did: the accept length of every row that ran, and its wall clock."""
@@ -86,3 +90,35 @@ class AdaptiveChoice:
         arm = self.arms[self._following]
         arm.tokens = arm.seconds = 0.0
         self._trial, self._current, self._left = True, self._following, _TRIAL
+
+
+class Flight:
+    """How many blocks are in flight: one, and the next one joins once enough drafts of the last one stood in a forward.
+
+    A draft stood if the forward predicted it again, whether or not it was right to; with less than that, the last block
+    changes too much for drafts behind it to be worth their forward (Hu et al., 2025, arXiv:2512.14681, activation ratio).
+    In a batch the row with the most blocks decides.
+
+    Args:
+        block_size: tokens of a block.
+        blocks: most blocks.
+        spawn: share of a block's drafts, in (0, 1].
+    """
+
+    def __init__(self, block_size: int, blocks: int, spawn: float):
+        self.block_size = block_size
+        self.blocks = blocks
+        self.spawn = spawn
+
+    def width(self, state: JacobiState) -> int:
+        """Of the next window, from what the last step left in the state. Reads it on the host."""
+        most = 1
+        for kept, done in zip(state.kept.tolist(), state.done.tolist(), strict=True):
+            count = 1
+            while not done and count < self.blocks:
+                block = kept[max(1, (count - 1) * self.block_size) : count * self.block_size]
+                if not block or sum(block) < self.spawn * len(block):
+                    break
+                count += 1
+            most = max(most, count)
+        return most * self.block_size
