@@ -59,7 +59,6 @@ def generate(
     draft: Annotated[str, typer.Option(help="context, last, lookup, auto or none.")] = "context",
     candidates: Annotated[int, typer.Option(min=1, help="Windows looked at in one forward.")] = 1,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the window's width in flight.")] = 1,
-    spawn: Annotated[float, typer.Option(min=0, max=1, help="Share of a block that brings the next; 0: all run.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, or a name that `cllm doctor` lists.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
@@ -69,7 +68,7 @@ def generate(
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
         config = JacobiConfig(
-            block_size=block_size, mode=mode, draft=draft, candidates=candidates, blocks=blocks, spawn=spawn, backend=backend
+            block_size=block_size, mode=mode, draft=draft, candidates=candidates, blocks=blocks, backend=backend
         )
         generator = JacobiGenerator(loaded, config)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)

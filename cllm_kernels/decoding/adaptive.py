@@ -1,11 +1,8 @@
-"""Chooses the draft source and the width of the window while decoding: by the tokens per second that each reaches, or by
-how far the last block in flight has converged."""
+"""Chooses the draft source and the width of the window while decoding, by the tokens per second that each reaches."""
 
 from __future__ import annotations
 
 import dataclasses
-
-from ..ops import JacobiState
 
 # Steps of a trial; the first one is not counted, since its drafts come from another window.
 _TRIAL = 4
@@ -90,35 +87,3 @@ class AdaptiveChoice:
         arm = self.arms[self._following]
         arm.tokens = arm.seconds = 0.0
         self._trial, self._current, self._left = True, self._following, _TRIAL
-
-
-class Flight:
-    """How many blocks are in flight: one, and the next one joins once enough drafts of the last one stood in a forward.
-
-    A draft stood if the forward predicted it again, whether or not it was right to; with less than that, the last block
-    changes too much for drafts behind it to be worth their forward (Hu et al., 2025, arXiv:2512.14681, activation ratio).
-    In a batch the row with the most blocks decides.
-
-    Args:
-        block_size: tokens of a block.
-        blocks: most blocks.
-        spawn: share of a block's drafts, in (0, 1].
-    """
-
-    def __init__(self, block_size: int, blocks: int, spawn: float):
-        self.block_size = block_size
-        self.blocks = blocks
-        self.spawn = spawn
-
-    def width(self, state: JacobiState) -> int:
-        """Of the next window, from what the last step left in the state. Reads it on the host."""
-        most = 1
-        for kept, done in zip(state.kept.tolist(), state.done.tolist(), strict=True):
-            count = 1
-            while not done and count < self.blocks:
-                block = kept[max(1, (count - 1) * self.block_size) : count * self.block_size]
-                if not block or sum(block) < self.spawn * len(block):
-                    break
-                count += 1
-            most = max(most, count)
-        return most * self.block_size

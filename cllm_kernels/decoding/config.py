@@ -27,12 +27,11 @@ class JacobiConfig:
             beside it what an n-gram lookup finds in the prompt, the output and rejected predictions. The row goes on with
             the one that commits most. Forwards have as many more tokens as there are candidates then, one window where
             none is found; ``statistics.chosen`` says which were taken.
-        blocks: how many blocks of block_size tokens are in flight: the window holds them all, so that later blocks
-            converge while earlier ones still do (multi-block decoding, Hu et al. 2025, arXiv 2512.14681). What is right is
-            committed at once, also beyond the first block. Mode ``"window"`` only.
-        spawn: share of the drafts in the last block in flight that must have stood in a forward before the next block
-            joins, in [0, 1] (0.85 there); see :class:`cllm_kernels.decoding.adaptive.Flight`. With 0 all blocks are always
-            in flight, and the host need not look.
+        blocks: K blocks of block_size tokens in flight, so that later blocks converge while earlier ones still do
+            (multi-block decoding, Hu et al. 2025, arXiv 2512.14681): the window has K * block_size tokens. There, only the
+            first block commits, and the next one joins once a share of it stands; here what is right is committed at
+            once, also beyond the first block, so no forward commits less. How many blocks pay is for ``adaptive`` to find
+            out. Mode ``"window"`` only.
         adaptive: whether the width of the window, and with candidates whether to look at them, is chosen anew while
             decoding, by what was accepted and what steps cost (see
             :class:`cllm_kernels.decoding.adaptive.AdaptiveChoice`); ``statistics.steps`` says what was chosen. Mode
@@ -41,8 +40,8 @@ class JacobiConfig:
             get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
             tokens are sampled a draw from torch's global generator.
         cuda_graph: whether iterations on a CUDA device are captured as graphs. None: where nothing needs the host in
-            every iteration (lookup, candidates, widths that change, stopping criteria, scores, processors of prefixes
-            do). The graph
+            every iteration (lookup, candidates, adaptive widths, stopping criteria, scores, processors of
+            prefixes do). The graph
             and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
@@ -58,7 +57,6 @@ class JacobiConfig:
     draft: str = "context"
     candidates: int = 1
     blocks: int = 1
-    spawn: float = 0.0
     adaptive: bool = False
     seed: int | tuple[int, ...] | None = None
     cuda_graph: bool | None = None
@@ -82,10 +80,6 @@ class JacobiConfig:
                 raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32), or one for each row")
         if not isinstance(self.optimize, bool):
             raise ValueError(f"optimize is {self.optimize!r}; it must be True or False")
-        if isinstance(self.spawn, bool) or not isinstance(self.spawn, (int, float)) or not 0 <= self.spawn <= 1:
-            raise ValueError(f"spawn is {self.spawn!r}; it must be a number in [0, 1]")
-        if self.spawn and (self.blocks == 1 or self.adapts):
-            raise ValueError(f"spawn={self.spawn} needs blocks=2 or more, and neither adaptive=True nor draft='auto'")
         if self.draft == "none" and (self.candidates > 1 or self.blocks > 1):
             what = "candidates=1" if self.candidates > 1 else "blocks=1"
             raise ValueError(f"draft='none' decodes one token at a time; it needs {what}")
@@ -93,8 +87,6 @@ class JacobiConfig:
             raise ValueError(f"candidates={self.candidates} leaves the trajectory of one window; it needs record_trajectory=False")
         if self.blocks > 1 and self.mode != "window":
             raise ValueError(f"blocks={self.blocks} commits beyond the first block in flight; it needs mode='window'")
-        if self.spawn and self.record_trajectory:
-            raise ValueError(f"spawn={self.spawn} changes the width; it needs record_trajectory=False")
         if self.adapts and (self.mode != "window" or self.record_trajectory):
             what = "mode='window'" if self.mode != "window" else "record_trajectory=False"
             raise ValueError(f"adaptive={self.adaptive} with draft={self.draft!r} changes the width; it needs {what}")
@@ -103,10 +95,6 @@ class JacobiConfig:
     def adapts(self) -> bool:
         """Whether source, candidates and width are chosen while decoding."""
         return self.draft == "auto" or (self.adaptive and self.draft != "none")
-
-    @property
-    def changes_width(self) -> bool:
-        return self.adapts or self.spawn > 0
 
     @property
     def sources(self) -> tuple[tuple[str, int], ...]:

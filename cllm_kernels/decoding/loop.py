@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 
 from ..ops import JacobiState
-from .adaptive import AdaptiveChoice, Flight
+from .adaptive import AdaptiveChoice
 from .branches import Branches
 from .config import JacobiConfig
 from .drafts import LookupDrafts
@@ -78,7 +78,6 @@ def decode(
     windows = _Windows(state)
     if config.adapts and choice is None:
         choice = AdaptiveChoice(config.width, config.sources)
-    flight = Flight(config.block_size, config.blocks, config.spawn) if config.spawn else None
     lookup = LookupDrafts(prompt, starts.tolist()) if config.looks_up else None
     branches = Branches(session, config, processing, backend) if config.candidates > 1 else None
     source, candidates = config.sources[0]
@@ -143,7 +142,7 @@ def decode(
             stream(int(state.produced[0]), state.output[0])
     # Finished rows leave the batch where nothing knows rows by their number.
     shrinks = session.cache is not None and not (
-        looks or config.changes_width or config.record_trajectory or processing.processors or lookup
+        looks or config.adapts or config.record_trajectory or processing.processors or lookup
     )
     while running:
         if shrinks and running < state.rows:
@@ -153,9 +152,6 @@ def decode(
             source, candidates, n = choice.next()
             state = windows.at(n)
             produced = state.produced.tolist()
-        if flight is not None:
-            n = flight.width(state)
-            state = windows.at(n)
         if source == "lookup":
             lookup.propose_(state)
         record()

@@ -105,7 +105,7 @@ def runs_on_device(device: torch.device, config: JacobiConfig, processing: Proce
     """Whether iterations can be captured: a fixed width, drafts made by ``converge_``, processors of scores alone."""
     return (
         may_capture(device, config)
-        and not (config.changes_width or config.record_trajectory or config.looks_up)
+        and not (config.adapts or config.record_trajectory or config.looks_up)
         and processing.on_device
     )
 

@@ -48,7 +48,8 @@ class JacobiStatistics:
             were looked at; more than one entry only where these change.
         chosen: with candidates, how often a row went on with its own window, with the first candidate out of the lookup,
             the second and so on, over the forwards that looked at some; else empty.
-        block_size, mode, draft: as decoded with; block_size is the width of the window.
+        block_size: width of the window, of all blocks in flight.
+        mode, draft: as decoded with.
         backend: of the ops, resolved.
         prefill_tokens: committed by the first forward.
         prefill_seconds: wall clock up to the end of the first forward's convergence check.

@@ -99,7 +99,6 @@ def jacobi_generate(
     draft: str = JacobiConfig.draft,
     candidates: int = JacobiConfig.candidates,
     blocks: int = JacobiConfig.blocks,
-    spawn: float = JacobiConfig.spawn,
     adaptive: bool = JacobiConfig.adaptive,
     seed: int | tuple[int, ...] | None = JacobiConfig.seed,
     cuda_graph: bool | None = JacobiConfig.cuda_graph,
@@ -143,7 +142,7 @@ def jacobi_generate(
         Whatever is raised, the model is left as it was.
     """
     config = JacobiConfig(
-        block_size, mode, draft, candidates, blocks, spawn, adaptive, seed, cuda_graph, backend, record_trajectory, optimize
+        block_size, mode, draft, candidates, blocks, adaptive, seed, cuda_graph, backend, record_trajectory, optimize
     )
     attention = _check_model(model)
     _check_options(model, generation_config, logits_processor or [])
@@ -157,7 +156,7 @@ def jacobi_generate(
     # One backend for all ops: that of attention, which the dtype decides about.
     chosen = resolve(config.backend, model.device, cuda_refusal(model.dtype))
     if is_stateful(logits_processor or []):
-        config = dataclasses.replace(config, draft="none", candidates=1, blocks=1, spawn=0.0, adaptive=False)
+        config = dataclasses.replace(config, draft="none", candidates=1, blocks=1, adaptive=False)
     choice = None
     if config.adapts and memory is not None:
         key = ("choice", config.width, config.sources, input_ids.shape[0])
