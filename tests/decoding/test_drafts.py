@@ -135,9 +135,9 @@ def test_the_best_candidate_is_taken():
         generator = JacobiGenerator(MODEL, JacobiConfig(draft="lookup", block_size=6, candidates=candidates))
         assert torch.equal(generator.generate(**inputs, **options), expected)
         runs[candidates] = generator.statistics
-    assert runs[2].tokens_per_forward > 1.1 * runs[1].tokens_per_forward
+    assert runs[2].tokens_per_forward > runs[1].tokens_per_forward
     assert runs[1].chosen == () and len(runs[2].chosen) == 2 and len(runs[3].chosen) == 3
-    assert runs[2].chosen[1] > 10
+    assert runs[2].chosen[1] > 2
     forwards = sum(times for (source, _), times in runs[2].steps.items() if source == "lookup x 2")
     assert forwards <= sum(runs[2].chosen) <= 2 * forwards
     assert runs[2].steps.keys() <= {("lookup", 6), ("lookup x 2", 6)}
