@@ -78,8 +78,11 @@ class JacobiConfig:
         for seed in self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32), or one for each row")
-        if not isinstance(self.optimize, bool):
-            raise ValueError(f"optimize is {self.optimize!r}; it must be True or False")
+        for name in ("adaptive", "record_trajectory", "optimize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.cuda_graph not in (None, True, False):
+            raise ValueError(f"cuda_graph is {self.cuda_graph!r}; it must be None, True or False")
         if self.draft == "none" and (self.candidates > 1 or self.blocks > 1):
             what = "candidates=1" if self.candidates > 1 else "blocks=1"
             raise ValueError(f"draft='none' decodes one token at a time; it needs {what}")

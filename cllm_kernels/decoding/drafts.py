@@ -12,6 +12,8 @@ from ..ops import JacobiState
 
 # Longest and shortest n-gram that is looked up. With one token alone, what followed it last is too often wrong.
 LONGEST, SHORTEST = 4, 2
+# Of rejected predictions, which are less often right, so many tokens must agree.
+RECYCLED = 3
 # Places that are looked at for each n-gram, the latest first.
 _PLACES = 8
 
@@ -35,8 +37,8 @@ class _Row:
             self.tokens.append(token)
 
     def recycle(self, predictions: list[int]) -> None:
-        for end in range(SHORTEST, len(predictions)):
-            self.recycled[tuple(predictions[end - SHORTEST : end])].append((predictions, end))
+        for end in range(RECYCLED, len(predictions)):
+            self.recycled[tuple(predictions[end - RECYCLED : end])].append((predictions, end))
 
     def continuations(self, drafts: list[int], most: int) -> list[list[int]]:
         """At most ``most`` ways to go on, each of at most as many tokens as ``drafts`` has; the best guess first.
@@ -60,7 +62,7 @@ class _Row:
                 while len(tokens) < count:
                     tokens.append(tokens[len(tokens) - period])
                 yield tokens
-        recycled = self.recycled.get(tuple(self.tokens[-SHORTEST:]), ())
+        recycled = self.recycled.get(tuple(self.tokens[-RECYCLED:]), ())
         for predictions, end in itertools.islice(reversed(recycled), _PLACES):
             yield predictions[end : end + count]
 

@@ -537,7 +537,7 @@ def _session(
     key = None
     if kept:
         key = (
-            "session", rows, width + extra, output, len(eos), config.width, config.mode, config.refill,
+            "session", rows, width + extra, output, len(eos), config.width, config.candidates, config.mode, config.refill,
             processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
         )  # fmt: skip
         session = memory.pop(key, None)

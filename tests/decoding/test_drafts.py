@@ -77,19 +77,19 @@ def test_committed_tokens_and_rejected_predictions_are_remembered():
     state.window.copy_(torch.tensor([[5, 6, 7, 8, 30, 30]]))
     state.since.copy_(torch.tensor([[1, 1, 1, 1, 2, 2]]))  # the last two are refilled
     drafts.observe(state)
-    state.output[0, 2:5] = torch.tensor([9, 6, 7])
-    state.produced.fill_(5)
+    state.output[0, 2:6] = torch.tensor([9, 5, 6, 7])
+    state.produced.fill_(6)
     state.iterations.fill_(2)
     state.window.copy_(torch.tensor([[7, 20, 21, 22, 23, 24]]))
     drafts.observe(state)
     drafts.propose_(state)
     assert state.window.tolist() == [[7, 8, 21, 22, 23, 24]]
-    state.output[0, 5:8] = torch.tensor([2, 3, 4])
-    state.produced.fill_(8)
+    state.output[0, 6:9] = torch.tensor([2, 3, 4])
+    state.produced.fill_(9)
     state.window.copy_(torch.tensor([[4, 0, 0, 0, 0, 0]]))
     drafts.observe(state)
     drafts.propose_(state)
-    assert state.window.tolist() == [[4, 5, 9, 6, 7, 2]]  # out of what was committed
+    assert state.window.tolist() == [[4, 5, 9, 5, 6, 7]]  # out of what was committed
 
 
 class Cycle(LogitsProcessor):
