@@ -37,7 +37,7 @@ class Branches:
         self.processing = processing
         self.backend = backend
         self.chosen = [0] * config.candidates
-        self._probes: dict[tuple[int, int], JacobiState] = {}
+        self._probes: dict[tuple[int, int], _Probe] = {}
 
     def choose_(self, windows: torch.Tensor, state: JacobiState) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward over windows ``[B, C, n]``, the first ones being the state's; gives each row its best one.
@@ -46,7 +46,7 @@ class Branches:
             logits and processed scores of the chosen windows, ``[B, n, V]`` each.
         """
         rows, count, width = windows.shape
-        positions = self.session.window_positions(width).repeat(1, count)
+        positions = torch.cat([self.session.window_positions(width)] * count, 1)
         logits = self.session.forward(windows.flatten(1), positions, count * width, width).unflatten(1, (count, width))
         scores = logits
         if self.processing.processors:
@@ -72,16 +72,36 @@ class Branches:
 
     def _commits(self, scores: torch.Tensor, windows: torch.Tensor, state: JacobiState) -> list[list[int]]:
         """How many tokens each branch would commit, ``[B][C]``."""
-        rows, count, width = windows.shape
+        _, count, width = windows.shape
         probe = self._probes.get((count, width))
         if probe is None:
-            probe = self._probes[count, width] = dataclasses.replace(
-                JacobiState.allocate(rows * count, width, state.capacity, device=state.device),
-                seeds=state.seeds.repeat_interleave(count),
-                eos=state.eos,
-            )
-        probe.window.copy_(windows.flatten(0, 1))
-        for name in ("produced", "limits", "block_left", "done"):
-            getattr(probe, name).view(rows, count).copy_(getattr(state, name)[:, None])
-        converge(scores.flatten(0, 1), probe, self.config, self.processing, self.backend)
-        return (probe.produced.view(rows, count) - state.produced[:, None]).tolist()
+            probe = self._probes[count, width] = _Probe(state, count)
+        probe.set_(windows)
+        converge(scores.flatten(0, 1), probe.state, self.config, self.processing, self.backend)
+        return probe.gained()
+
+
+class _Probe:
+    """A state with a row for each branch of each row of another state, as far as the accept length depends on it."""
+
+    def __init__(self, of: JacobiState, count: int):
+        self.state = dataclasses.replace(
+            JacobiState.allocate(of.rows * count, of.width, of.capacity, device=of.device),
+            seeds=of.seeds.repeat_interleave(count),
+            eos=of.eos,
+        )
+        self.copied = [
+            (getattr(self.state, name).view(of.rows, count), getattr(of, name)[:, None])
+            for name in ("produced", "limits", "block_left", "done")
+        ]
+
+    def set_(self, windows: torch.Tensor) -> None:
+        """Takes over where the rows stand, with these windows ``[B, C, n]``."""
+        self.state.window.copy_(windows.flatten(0, 1))
+        for mine, theirs in self.copied:
+            mine.copy_(theirs)
+
+    def gained(self) -> list[list[int]]:
+        """How many tokens were committed since, ``[B][C]``."""
+        produced, before = self.copied[0]
+        return (produced - before).tolist()
