@@ -26,10 +26,10 @@ class _Arm:
 
 
 class AdaptiveChoice:
-    """The rule: every source, alone and with candidates where there are some, with windows of n, n/2 and n/4 tokens, and one token alone, is tried for four steps; what
-    gave the most tokens per second goes on. After 16 steps another one gets a trial, in turn, and if the choice stays,
-    the time until the next trial doubles, up to 512 steps. So where drafts do not pay, decoding is autoregressive but
-    for four steps in some five hundred.
+    """The rule: every source, alone and with candidates where there are some, with windows of n, n/2 and n/4 tokens, and
+    one token alone, is tried for four steps; what gave the most tokens per second goes on. After 16 steps another one
+    gets a trial, in turn, and if the choice stays, the time until the next trial doubles, up to 512 steps. So where
+    drafts do not pay, decoding is autoregressive but for four steps in some five hundred.
 
     Tokens and seconds of a choice are discounted sums over its last steps. What was learnt stays for later prompts, as
     long as the object is kept.

@@ -24,14 +24,15 @@ class JacobiConfig:
             ``"none"`` decodes one token at a time, whatever the block size: the autoregressive loop of this package.
             ``"auto"`` chooses among context, lookup and none while it decodes, as ``adaptive`` does.
         candidates: the most windows that one forward looks at for each row, on one cache: the window of ``draft``, and
-            beside it what an n-gram lookup finds in the prompt, the output and rejected predictions. The row goes on with
-            the one that commits most. Forwards have as many more tokens as there are candidates then, one window where
-            none is found; ``statistics.chosen`` says which were taken.
-        blocks: K blocks of block_size tokens in flight, so that later blocks converge while earlier ones still do
-            (multi-block decoding, Hu et al. 2025, arXiv 2512.14681): the window has K * block_size tokens. There, only the
-            first block commits, and the next one joins once a share of it stands; here what is right is committed at
-            once, also beyond the first block, so no forward commits less. How many blocks pay is for ``adaptive`` to find
-            out. Mode ``"window"`` only.
+            beside it what an n-gram lookup finds in the prompt, the output and rejected predictions (for ``"lookup"``, the
+            next places and predictions). The row goes on with the one that commits most, so a window never loses its
+            drafts to the lookup. A forward has one window for each that is found, at most this many times as many tokens;
+            ``statistics.chosen`` says which were taken.
+        blocks: K blocks of block_size tokens in flight: the window has K * block_size tokens, so that later blocks
+            converge while earlier ones still do. In multi-block decoding as Hu et al. (2025, arXiv 2512.14681) have it,
+            only the first block commits, and the next one joins once a share of it is done. Here what is right is
+            committed at once, also beyond the first block, so that from the same drafts a forward commits at least as
+            much; and ``adaptive`` finds out by their speed how many tokens should be in flight. Mode ``"window"`` only.
         adaptive: whether the width of the window, and with candidates whether to look at them, is chosen anew while
             decoding, by what was accepted and what steps cost (see
             :class:`cllm_kernels.decoding.adaptive.AdaptiveChoice`); ``statistics.steps`` says what was chosen. Mode
@@ -40,9 +41,8 @@ class JacobiConfig:
             get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
             tokens are sampled a draw from torch's global generator.
         cuda_graph: whether iterations on a CUDA device are captured as graphs. None: where nothing needs the host in
-            every iteration (lookup, candidates, adaptive widths, stopping criteria, scores, processors of
-            prefixes do). The graph
-            and its buffers stay with the generator for later calls of the same shapes.
+            every iteration (lookup, candidates, adaptive widths, stopping criteria, scores, processors of prefixes do).
+            The graph and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
         optimize: whether linear layers and known decoder layers run by the package's own kernels while decoding, where

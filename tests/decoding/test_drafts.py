@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import random
 
 import pytest
 import torch
-from helpers import make_model, make_prompts
-from transformers import LogitsProcessor
+from helpers import Planted, make_model, make_prompts
+from transformers import LogitsProcessor, StoppingCriteria
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
-from cllm_kernels.decoding import AdaptiveChoice, JacobiCache
+from cllm_kernels.decoding import AdaptiveChoice, JacobiCache, loop
 from cllm_kernels.decoding.drafts import LookupDrafts
 from cllm_kernels.ops import JacobiState
 
@@ -141,6 +142,46 @@ def test_the_best_candidate_is_taken():
     forwards = sum(times for (source, _), times in runs[2].steps.items() if source == "lookup x 2")
     assert forwards <= sum(runs[2].chosen) <= 2 * forwards
     assert runs[2].steps.keys() <= {("lookup", 6), ("lookup x 2", 6)}
+
+
+class StopsAt(StoppingCriteria):
+    def __init__(self, lengths):
+        self.lengths = torch.tensor(lengths)
+
+    def __call__(self, input_ids, scores):
+        return self.lengths == input_ids.shape[1]
+
+
+@pytest.mark.parametrize("mode", ["window", "block"])
+@pytest.mark.parametrize("lengths", [[31], [20, 31, 13]], ids=str)
+def test_a_candidate_is_committed_as_a_window_is(lengths, mode, monkeypatch):
+    """With its own scores and logits, up to where a criterion stops it, and streamed."""
+    inputs = make_prompts(len(lengths), seed=2)
+    options = dict(
+        do_sample=False, max_new_tokens=40, eos_token_id=None, pad_token_id=0, repetition_penalty=1.3,
+        return_dict_in_generate=True, output_scores=True, output_logits=True,
+    )  # fmt: skip
+    criteria = [StopsAt(lengths)]
+    alone = JacobiGenerator(MODEL, JacobiConfig(draft="none")).generate(**inputs, **options, stopping_criteria=criteria)
+    whole = MODEL.generate(**inputs, **options | dict(return_dict_in_generate=False))
+    monkeypatch.setattr(
+        loop, "LookupDrafts", functools.partial(Planted, expected=whole[:, 12:].tolist(), seed=len(lengths))
+    )
+    commits = []
+    stream = dict(on_commit=commits.append) if len(lengths) == 1 else {}
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=7, candidates=3, mode=mode))
+    got = generator.generate(**inputs, **options, **stream, stopping_criteria=criteria)
+    assert sum(generator.statistics.chosen[1:]) > len(lengths)
+    assert generator.statistics.tokens_per_forward > 1.5
+    assert torch.equal(got.sequences, alone.sequences)
+    assert [row.tokens for row in generator.statistics.rows] == [length - 12 for length in lengths]
+    for name in ("scores", "logits"):
+        mine, theirs = getattr(got, name), getattr(alone, name)
+        assert len(mine) == len(theirs)
+        for one, other in zip(mine, theirs):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    if stream:
+        assert sum(commits, []) == got.sequences[0, 12:].tolist()
 
 
 @pytest.mark.parametrize("best", [[0, 0, 0], [2, 2, 2], [1, 0, 2]], ids=str)
