@@ -43,7 +43,7 @@ class _Row:
     def continuations(self, drafts: list[int], most: int) -> list[list[int]]:
         """At most ``most`` ways to go on, each of at most as many tokens as ``drafts`` has; the best guess first.
 
-        None begins as the drafts or as another one before it does to its end.
+        None is the beginning of the drafts, or of one before it.
         """
         found: list[list[int]] = []
         for tokens in self._continuations(len(drafts)):
@@ -109,8 +109,8 @@ class LookupDrafts:
         windows = state.window.tolist()
         found = self._continuations(windows, state, 1)
         if any(found):
-            drafts = [_with_drafts(window, *tokens) for window, tokens in zip(windows, found, strict=True)]
-            replace_drafts_(state, torch.tensor(drafts, device=state.device))
+            windows = [_with_drafts(window, *best) for window, best in zip(windows, found, strict=True)]
+            replace_drafts_(state, torch.tensor(windows, device=state.device))
 
     def candidates(self, state: JacobiState, most: int) -> torch.Tensor | None:
         """At most ``most`` windows for each row, int64 ``[B, C, n]``: the state's, then others out of the pool.

@@ -191,13 +191,13 @@ def _attend(
     for first in range(masked_end, whole_end, KEYS):
         peak, total, output = _step(
             tile_query, key_rows, value_rows, k2, v2, first, end, length, lowest, highest, own, peak, total,
-                output, scale, cap,
+            output, scale, cap,
             DIM, VALUE_DIM, PAD, VALUE_PAD, KEYS, False, BRANCHED, SOFTCAP,
         )  # fmt: skip
     for first in range(whole_end, end, MASKED_KEYS):
         peak, total, output = _step(
             tile_query, key_rows, value_rows, k2, v2, first, end, length, lowest, highest, own, peak, total,
-                output, scale, cap,
+            output, scale, cap,
             DIM, VALUE_DIM, PAD, VALUE_PAD, MASKED_KEYS, True, BRANCHED, SOFTCAP,
         )  # fmt: skip
 
