@@ -1,7 +1,8 @@
 """What an iteration of the decoding loop costs beside the model's forward, and where that goes.
 
 The forward is a lookup in logits made before, so all that is timed is ours: positions, convergence check, drafts, the
-host's read of the status. `argmax alone` is torch's argmax over the same logits, the least that greedy decoding does.
+host's read of the status. With candidates, every iteration looks at two windows: what was committed repeats itself, so the
+lookup always finds one. `argmax alone` is torch's argmax over the same logits, the least that greedy decoding does.
 """
 
 import statistics
@@ -10,7 +11,9 @@ import time
 import pytest
 import torch
 
-from cllm_kernels.decoding import JacobiConfig, Processing, Session, decode
+from cllm_kernels.decoding import JacobiCache, JacobiConfig, Processing, Session, decode
+from cllm_kernels.decoding.branches import Branches
+from cllm_kernels.decoding.drafts import LookupDrafts
 from cllm_kernels.ops import JacobiState, converge_
 
 STEPS = 300
@@ -20,6 +23,7 @@ CONFIGS = {
     "lookup": JacobiConfig(draft="lookup"),
     "auto": JacobiConfig(draft="auto"),
     "none": JacobiConfig(draft="none"),
+    "candidates": JacobiConfig(candidates=2),
 }
 
 
@@ -40,10 +44,10 @@ def test_iteration(draft, vocabulary, benchmark):
         pytest.skip("the loop of CUDA devices runs in graphs; the host's time is hidden there")
     config = CONFIGS[draft]
     prompt = torch.randint(0, vocabulary, (1, 64))
-    logits = torch.randn(8, 1, config.width, vocabulary)
+    logits = torch.randn(8, 1, config.candidates * config.width, vocabulary)
     turn = 0
 
-    def forward(tokens, positions, keep):
+    def forward(tokens, positions, keep, branch=0):
         nonlocal turn
         turn += 1
         return logits[turn % 8, :, :keep]
@@ -52,7 +56,7 @@ def test_iteration(draft, vocabulary, benchmark):
         bounds = torch.zeros(2, 1, dtype=torch.int32)
         state = JacobiState.create(prompt, limits=STEPS, block_size=config.width, refill=config.refill)
         state.lengths.set_(bounds[0])
-        return Session(forward, state, bounds)
+        return Session(forward, state, bounds, cache=JacobiCache(bounds[0], 1))
 
     def run(session):
         return decode(session, prompt, config, "cpp", Processing([], prompt, False))
@@ -65,12 +69,20 @@ def test_iteration(draft, vocabulary, benchmark):
     def restore():
         state.copy_(kept)
 
+    window = logits[0, :, : config.width]
     parts = {
         "positions": _median(lambda: session.window_positions(config.width)),
-        "converge_": _median(lambda: (restore(), converge_(logits[0], state, backend="cpp"))) - _median(restore),
+        "converge_": _median(lambda: (restore(), converge_(window, state, backend="cpp"))) - _median(restore),
         "status to the host": _median(lambda: state.status.tolist()),
-        "argmax alone": _median(lambda: logits[0].argmax(-1)),
+        "argmax alone": _median(lambda: window.argmax(-1)),
     }
+    if config.looks_up:
+        drafts = LookupDrafts(prompt.repeat(1, 2), [0])
+        parts["looking up"] = _median(lambda: drafts.candidates(state, 2))
+    if config.candidates > 1:
+        branches = Branches(session, config, Processing([], prompt, False), "cpp")
+        windows = state.window[:, None].repeat(1, 2, 1)
+        parts["choosing"] = _median(lambda: branches.choose_(windows, state))
     benchmark.extra_info.update(
         microseconds_per_iteration=1e6 * benchmark.stats.stats.median / forwards,
         parts_us={name: 1e6 * seconds for name, seconds in parts.items()},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +16,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from cllm_kernels.decoding.drafts import LookupDrafts
 
 VOCABULARY = 97
 PAD, EOS = 0, 1
@@ -83,3 +87,21 @@ class Frames:
             return graph.forward(*args)
 
         return run
+
+
+class Planted(LookupDrafts):
+    """Candidates of which some go on as the output does, for a while."""
+
+    def __init__(self, prompt, starts, expected, seed):
+        super().__init__(prompt, starts)
+        self.expected = expected
+        self.random = random.Random(seed)
+
+    def candidates(self, state, most):
+        windows = state.window[:, None].repeat(1, most, 1)
+        for row, produced in enumerate(state.produced.tolist()):
+            for branch in range(1, most):
+                right = self.expected[row][produced : produced + self.random.randrange(state.width)]
+                drafts = right + self.random.choices(range(3, VOCABULARY), k=state.width - 1 - len(right))
+                windows[row, branch, 1:] = torch.tensor(drafts)
+        return windows

@@ -56,6 +56,9 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     block_size: BlockSize = 16,
     mode: Annotated[str, typer.Option(help="window or block.")] = "window",
+    draft: Annotated[str, typer.Option(help="context, last, lookup, auto or none.")] = "context",
+    candidates: Annotated[int, typer.Option(min=1, help="Windows looked at in one forward.")] = 1,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the window's width in flight.")] = 1,
     backend: Annotated[str, typer.Option(help="auto, or a name that `cllm doctor` lists.")] = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
@@ -64,7 +67,9 @@ def generate(
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-        config = JacobiConfig(block_size=block_size, mode=mode, backend=backend)
+        config = JacobiConfig(
+            block_size=block_size, mode=mode, draft=draft, candidates=candidates, blocks=blocks, backend=backend
+        )
         generator = JacobiGenerator(loaded, config)
         inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         generator.generate(
@@ -76,9 +81,10 @@ def generate(
     except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
         _fail(error)
     run = generator.statistics
+    chosen = f", windows chosen {' '.join(map(str, run.chosen))}" if run.chosen else ""
     Console(stderr=True).print(
         f"{run.tokens} tokens, {run.forwards} forwards, {run.tokens_per_forward:.2f} tokens per forward, "
-        f"{run.tokens_per_second:.1f} tokens/s, backend {run.backend}, {run.attention} attention"
+        f"{run.tokens_per_second:.1f} tokens/s, backend {run.backend}, {run.attention} attention{chosen}"
     )
 
 

@@ -103,7 +103,9 @@ def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | N
         found.append(_named("jacobi_window, torch's linears", JacobiConfig(size, optimize=False)))
         found.append(_named("jacobi_block", JacobiConfig(size, "block")))
         found.append(_named("jacobi_lookup", JacobiConfig(size, draft="lookup")))
+        found.append(_named("jacobi_candidates", JacobiConfig(size, candidates=2)))
         found.append(_named("jacobi_auto", JacobiConfig(size, draft="auto")))
+        found.append(_named("jacobi_auto_candidates", JacobiConfig(size, draft="auto", candidates=2)))
     return found
 
 

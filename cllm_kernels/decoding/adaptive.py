@@ -15,6 +15,7 @@ _PATIENCE, _LONGEST_PATIENCE = 16, 512
 @dataclasses.dataclass
 class _Arm:
     source: str
+    candidates: int
     width: int
     tokens: float = 0.0
     seconds: float = 0.0
@@ -25,22 +26,22 @@ class _Arm:
 
 
 class AdaptiveChoice:
-    """The rule: every source with windows of n, n/2 and n/4 tokens, and one token alone, is tried for four steps; what
-    gave the most tokens per second goes on. After 16 steps another one gets a trial, in turn, and if the choice stays,
-    the time until the next trial doubles, up to 512 steps. So where drafts do not pay, decoding is autoregressive but
-    for four steps in some five hundred.
+    """The rule: every source, alone and with candidates where there are some, with windows of n, n/2 and n/4 tokens, and
+    one token alone, is tried for four steps; what gave the most tokens per second goes on. After 16 steps another one
+    gets a trial, in turn, and if the choice stays, the time until the next trial doubles, up to 512 steps. So where
+    drafts do not pay, decoding is autoregressive but for four steps in some five hundred.
 
     Tokens and seconds of a choice are discounted sums over its last steps. What was learnt stays for later prompts, as
     long as the object is kept.
 
     Args:
         width: full width n.
-        sources: names of draft sources.
+        sources: names of draft sources, with the most candidates of each.
     """
 
-    def __init__(self, width: int, sources: tuple[str, ...]):
+    def __init__(self, width: int, sources: tuple[tuple[str, int], ...]):
         widths = sorted({width, max(2, width // 2), max(2, width // 4)}, reverse=True)
-        self.arms = [_Arm(source, size) for size in widths for source in sources] + [_Arm(sources[0], 1)]
+        self.arms = [_Arm(*source, size) for size in widths for source in sources] + [_Arm(sources[0][0], 1, 1)]
         self._best = 0
         self._current = 0
         self._untried = list(range(1, len(self.arms)))
@@ -49,12 +50,12 @@ class AdaptiveChoice:
         self._patience = _PATIENCE
         self._following = 0
 
-    def next(self) -> tuple[str, int]:
-        """Source and width of the next step."""
+    def next(self) -> tuple[str, int, int]:
+        """Source, candidates and width of the next step."""
         if self._left == 0:
             self._turn()
         arm = self.arms[self._current]
-        return arm.source, arm.width
+        return arm.source, arm.candidates, arm.width
 
     def observe(self, accepted: list[int], seconds: float) -> None:
         """What the step did: the accept length of every row that ran, and its wall clock."""

@@ -57,6 +57,19 @@ class JacobiCache(Cache):
             for buffer in buffers:
                 buffer[target, :, :length] = buffer[source, :, :length]
 
+    def take_branches(self, width: int, branches: list[int], counts: list[int]) -> None:
+        """Moves what each row's branch wrote for its first ``counts[row]`` tokens to where one window alone writes it.
+
+        width: rows of a branch.
+        """
+        for row, (branch, count, length) in enumerate(zip(branches, counts, self.lengths.tolist(), strict=True)):
+            if branch == 0 or count < 2:  # the first token is that of every branch
+                continue
+            source = length + branch * width
+            for buffers in self._buffers.values():
+                for buffer in buffers:
+                    buffer[row, :, length + 1 : length + count] = buffer[row, :, source + 1 : source + count]
+
     def get_seq_length(self, layer_idx: int = 0) -> torch.Tensor:
         """int32 ``[B]``: the valid rows. A tensor, since reading it would make the host wait."""
         return self.lengths

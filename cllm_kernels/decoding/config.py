@@ -23,15 +23,26 @@ class JacobiConfig:
             :class:`cllm_kernels.decoding.drafts.LookupDrafts`), which pays on repetitive texts with any model.
             ``"none"`` decodes one token at a time, whatever the block size: the autoregressive loop of this package.
             ``"auto"`` chooses among context, lookup and none while it decodes, as ``adaptive`` does.
-        adaptive: whether the width of the window is chosen anew while decoding, from 1 to block_size, by what was
-            accepted and what steps cost (see :class:`cllm_kernels.decoding.adaptive.AdaptiveChoice`);
-            ``statistics.steps`` says what was chosen. Mode ``"window"`` only.
+        candidates: the most windows that one forward looks at for each row, on one cache: the window of ``draft``, and
+            beside it what an n-gram lookup finds in the prompt, the output and rejected predictions (for ``"lookup"``, the
+            next places and predictions). The row goes on with the one that commits most, so a window never loses its
+            drafts to the lookup. A forward has one window for each that is found, at most this many times as many tokens;
+            ``statistics.chosen`` says which were taken.
+        blocks: K blocks of block_size tokens in flight: the window has K * block_size tokens, so that later blocks
+            converge while earlier ones still do. In multi-block decoding as Hu et al. (2025, arXiv 2512.14681) have it,
+            only the first block commits, and the next one joins once a share of it is done. Here what is right is
+            committed at once, also beyond the first block, so that from the same drafts a forward commits at least as
+            much; and ``adaptive`` finds out by their speed how many tokens should be in flight. Mode ``"window"`` only.
+        adaptive: whether the width of the window, and with candidates whether to look at them, is chosen anew while
+            decoding, by what was accepted and what steps cost (see
+            :class:`cllm_kernels.decoding.adaptive.AdaptiveChoice`); ``statistics.steps`` says what was chosen. Mode
+            ``"window"`` only.
         seed: of sampled tokens and of random drafts, in [0, 2**32), or one for each row. With a single number, rows
             get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
             tokens are sampled a draw from torch's global generator.
         cuda_graph: whether iterations on a CUDA device are captured as graphs. None: where nothing needs the host in
-            every iteration (lookup, adaptive widths, stopping criteria, scores, processors of prefixes do). The graph
-            and its buffers stay with the generator for later calls of the same shapes.
+            every iteration (lookup, candidates, adaptive widths, stopping criteria, scores, processors of prefixes do).
+            The graph and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
         optimize: whether linear layers and known decoder layers run by the package's own kernels while decoding, where
@@ -44,6 +55,8 @@ class JacobiConfig:
     block_size: int = 16
     mode: str = "window"
     draft: str = "context"
+    candidates: int = 1
+    blocks: int = 1
     adaptive: bool = False
     seed: int | tuple[int, ...] | None = None
     cuda_graph: bool | None = None
@@ -52,8 +65,10 @@ class JacobiConfig:
     optimize: bool = True
 
     def __post_init__(self):
-        if isinstance(self.block_size, bool) or not isinstance(self.block_size, int) or self.block_size < 2:
-            raise ValueError(f"block_size is {self.block_size!r}; it must be an integer of at least 2")
+        for name, least in (("block_size", 2), ("candidates", 1), ("blocks", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; it must be one of {', '.join(MODES)}")
         if self.draft not in DRAFTS:
@@ -63,26 +78,44 @@ class JacobiConfig:
         for seed in self.seed if isinstance(self.seed, tuple) else () if self.seed is None else (self.seed,):
             if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
                 raise ValueError(f"seed is {self.seed!r}; it must be an integer in [0, 2**32), or one for each row")
-        if not isinstance(self.optimize, bool):
-            raise ValueError(f"optimize is {self.optimize!r}; it must be True or False")
+        for name in ("adaptive", "record_trajectory", "optimize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+        if self.cuda_graph not in (None, True, False):
+            raise ValueError(f"cuda_graph is {self.cuda_graph!r}; it must be None, True or False")
+        if self.draft == "none" and (self.candidates > 1 or self.blocks > 1):
+            what = "candidates=1" if self.candidates > 1 else "blocks=1"
+            raise ValueError(f"draft='none' decodes one token at a time; it needs {what}")
+        if self.candidates > 1 and self.record_trajectory:
+            raise ValueError(f"candidates={self.candidates} leaves the trajectory of one window; it needs record_trajectory=False")
+        if self.blocks > 1 and self.mode != "window":
+            raise ValueError(f"blocks={self.blocks} commits beyond the first block in flight; it needs mode='window'")
         if self.adapts and (self.mode != "window" or self.record_trajectory):
             what = "mode='window'" if self.mode != "window" else "record_trajectory=False"
             raise ValueError(f"adaptive={self.adaptive} with draft={self.draft!r} changes the width; it needs {what}")
 
     @property
     def adapts(self) -> bool:
-        """Whether the width changes while decoding."""
+        """Whether source, candidates and width are chosen while decoding."""
         return self.draft == "auto" or (self.adaptive and self.draft != "none")
 
     @property
-    def sources(self) -> tuple[str, ...]:
-        """Draft sources to choose from."""
-        return ("context", "lookup") if self.draft == "auto" else (self.draft,)
+    def sources(self) -> tuple[tuple[str, int], ...]:
+        """Draft sources to choose from, with the most candidates for each row."""
+        alone = [(source, 1) for source in (("context", "lookup") if self.draft == "auto" else (self.draft,))]
+        if self.candidates == 1:
+            return tuple(alone)
+        beside = (alone[0][0], self.candidates)
+        return (*alone, beside) if self.adapts else (beside,)
+
+    @property
+    def looks_up(self) -> bool:
+        return any(source == "lookup" or candidates > 1 for source, candidates in self.sources)
 
     @property
     def width(self) -> int:
         """Tokens of a window."""
-        return 1 if self.draft == "none" else self.block_size
+        return 1 if self.draft == "none" else self.block_size * self.blocks
 
     @property
     def refill(self) -> str:

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+
 import torch
 
 from ..ops import JacobiState
 
 # Longest and shortest n-gram that is looked up. With one token alone, what followed it last is too often wrong.
 LONGEST, SHORTEST = 4, 2
+# Of rejected predictions, which are less often right, so many tokens must agree.
+RECYCLED = 3
+# Places that are looked at for each n-gram, the latest first.
+_PLACES = 8
 
 
 class _Row:
-    """Tokens of one row, with the place behind the latest occurrence of each n-gram."""
+    """Tokens of one row, with the places behind each n-gram."""
 
     def __init__(self, tokens: list[int]):
         self.tokens: list[int] = []
-        self.places: dict[tuple[int, ...], int] = {}
-        # continuations of n-grams of rejected predictions
-        self.recycled: dict[tuple[int, ...], list[int]] = {}
+        self.places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        # rejected predictions, with the place in them behind each n-gram
+        self.recycled: dict[tuple[int, ...], list[tuple[list[int], int]]] = defaultdict(list)
         self.extend(tokens)
 
     def extend(self, tokens: list[int]) -> None:
@@ -25,34 +33,47 @@ class _Row:
             # Only now does something follow the n-grams that end here, so a suffix never finds itself.
             end = len(self.tokens)
             for size in range(SHORTEST, min(LONGEST, end) + 1):
-                self.places[tuple(self.tokens[end - size :])] = end
+                self.places[tuple(self.tokens[end - size :])].append(end)
             self.tokens.append(token)
 
     def recycle(self, predictions: list[int]) -> None:
-        for end in range(SHORTEST, len(predictions)):
-            self.recycled[tuple(predictions[end - SHORTEST : end])] = predictions[end:]
+        for end in range(RECYCLED, len(predictions)):
+            self.recycled[tuple(predictions[end - RECYCLED : end])].append((predictions, end))
 
-    def continuation(self, count: int) -> list[int]:
-        """At most `count` tokens that may follow; none where nothing is found."""
+    def continuations(self, drafts: list[int], most: int) -> list[list[int]]:
+        """At most ``most`` ways to go on, each of at most as many tokens as ``drafts`` has; the best guess first.
+
+        None is the beginning of the drafts, or of one before it.
+        """
+        found: list[list[int]] = []
+        for tokens in self._continuations(len(drafts)):
+            if all(other[: len(tokens)] != tokens for other in (drafts, *found)):
+                found.append(tokens)
+                if len(found) == most:
+                    break
+        return found
+
+    def _continuations(self, count: int) -> Iterator[list[int]]:
         for size in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
-            place = self.places.get(tuple(self.tokens[-size:]))
-            if place is not None:
-                found = self.tokens[place : place + count]
+            for place in itertools.islice(reversed(self.places.get(tuple(self.tokens[-size:]), ())), _PLACES):
+                tokens = self.tokens[place : place + count]
                 # A repetition whose end is not known yet goes on as it began.
                 period = len(self.tokens) - place
-                while len(found) < count:
-                    found.append(found[len(found) - period])
-                return found
-        return self.recycled.get(tuple(self.tokens[-SHORTEST:]), [])[:count]
+                while len(tokens) < count:
+                    tokens.append(tokens[len(tokens) - period])
+                yield tokens
+        recycled = self.recycled.get(tuple(self.tokens[-RECYCLED:]), ())
+        for predictions, end in itertools.islice(reversed(recycled), _PLACES):
+            yield predictions[end : end + count]
 
 
 class LookupDrafts:
     """Prompt lookup, and an n-gram pool of what was committed and of predictions that were rejected.
 
     Where the last tokens of a row occurred before, the tokens behind that place become the drafts; else, where they
-    occurred in a rejected prediction, what followed them there; else the drafts of Jacobi decoding stay. Prompt
-    lookup: Saxena, 2023; a pool of rejected n-grams: Fu et al., 2024, arXiv:2402.02057. It reads what was committed on
-    the host, after every iteration.
+    occurred in a rejected prediction, what followed them there; else the drafts of Jacobi decoding stay. Longer n-grams
+    come first, then later places. Prompt lookup: Saxena, 2023; a pool of rejected n-grams: Fu et al., 2024,
+    arXiv:2402.02057. It reads what was committed on the host, after every iteration.
 
     Args:
         prompt: int64 ``[B, P]``, left padded.
@@ -65,28 +86,59 @@ class LookupDrafts:
 
     def observe(self, state: JacobiState) -> None:
         """Takes in what the last step committed and what it predicted behind that."""
-        produced, done = state.produced.tolist(), state.done.tolist()
-        for index, row in enumerate(self.rows):
-            if produced[index] > self.produced[index]:
-                row.extend(state.output[index, self.produced[index] : produced[index]].tolist())
-                if not done[index]:
-                    # refilled drafts are no predictions
-                    predicted = state.since[index] <= state.iterations[index]
-                    row.recycle(state.window[index][predicted].tolist())
-                self.produced[index] = produced[index]
+        done, windows, since = state.done.tolist(), state.window.tolist(), state.since.tolist()
+        iterations = state.iterations.tolist()
+        for index, (row, old, new) in enumerate(zip(self.rows, self.produced, state.produced.tolist(), strict=True)):
+            if new == old:
+                continue
+            row.extend(state.output[index, old:new].tolist())
+            if not done[index]:
+                # refilled drafts are no predictions
+                now = iterations[index]
+                row.recycle([token for token, at in zip(windows[index], since[index], strict=True) if at <= now])
+            self.produced[index] = new
+
+    def _continuations(self, windows: list[list[int]], state: JacobiState, most: int) -> list[list[list[int]]]:
+        return [
+            [] if done else row.continuations(window[1:], most)
+            for row, window, done in zip(self.rows, windows, state.done.tolist(), strict=True)
+        ]
 
     def propose_(self, state: JacobiState) -> None:
         """Replaces drafts of the window where an n-gram is found."""
-        window = state.window.tolist()
-        changed = False
-        for row, drafts, done in zip(self.rows, window, state.done.tolist(), strict=True):
-            found = [] if done else row.continuation(state.width - 1)
-            if found:
-                drafts[1 : 1 + len(found)] = found
-                changed = True
-        if changed:
-            drafts = torch.tensor(window).to(state.window.device)
-            new = drafts != state.window
-            state.window.copy_(drafts)
-            state.kept.masked_fill_(new, 0)
-            state.since.copy_(torch.where(new, state.iterations[:, None] + 1, state.since))
+        windows = state.window.tolist()
+        found = self._continuations(windows, state, 1)
+        if any(found):
+            windows = [_with_drafts(window, *best) for window, best in zip(windows, found, strict=True)]
+            replace_drafts_(state, torch.tensor(windows, device=state.device))
+
+    def candidates(self, state: JacobiState, most: int) -> torch.Tensor | None:
+        """At most ``most`` windows for each row, int64 ``[B, C, n]``: the state's, then others out of the pool.
+
+        As many as the row has for which most are found; others repeat their window. None where nothing is found.
+        """
+        windows = state.window.tolist()
+        found = self._continuations(windows, state, most - 1)
+        count = max(map(len, found))
+        if count == 0:
+            return None
+        return torch.tensor(
+            [
+                [window, *(_with_drafts(window, tokens) for tokens in row), *[window] * (count - len(row))]
+                for window, row in zip(windows, found, strict=True)
+            ],
+            device=state.device,
+        )
+
+
+def _with_drafts(window: list[int], drafts: list[int] = ()) -> list[int]:
+    """The window with these drafts in the place of its first ones."""
+    return [window[0], *drafts, *window[1 + len(drafts) :]]
+
+
+def replace_drafts_(state: JacobiState, windows: torch.Tensor) -> None:
+    """Makes ``windows``, int64 ``[B, n]``, those of the state. Drafts that change count as refilled ones."""
+    new = windows != state.window
+    state.window.copy_(windows)
+    state.kept.masked_fill_(new, 0)
+    state.since.copy_(torch.where(new, state.iterations[:, None] + 1, state.since))

@@ -11,6 +11,7 @@ import torch
 
 from ..ops import JacobiState
 from .adaptive import AdaptiveChoice
+from .branches import Branches
 from .config import JacobiConfig
 from .drafts import LookupDrafts
 from .processing import Processing, Stopping
@@ -77,8 +78,9 @@ def decode(
     windows = _Windows(state)
     if config.adapts and choice is None:
         choice = AdaptiveChoice(config.width, config.sources)
-    lookup = LookupDrafts(prompt, starts.tolist()) if "lookup" in config.sources else None
-    source = config.sources[0]
+    lookup = LookupDrafts(prompt, starts.tolist()) if config.looks_up else None
+    branches = Branches(session, config, processing, backend) if config.candidates > 1 else None
+    source, candidates = config.sources[0]
     records: list[tuple[torch.Tensor, ...]] = []
     streamed = 0
 
@@ -95,8 +97,7 @@ def decode(
     kept_logits = _Kept(state) if keep_logits else None
     looks = stopping is not None or keep_scores or keep_logits
 
-    def advance(logits: torch.Tensor) -> int:
-        scores = processing(logits, state)
+    def advance(logits: torch.Tensor, scores: torch.Tensor) -> int:
         commit = functools.partial(converge, scores, state, config, processing, backend)
         if looks:
             produced = state.produced.tolist()
@@ -127,7 +128,7 @@ def decode(
     lengths.zero_()
     logits = forward(input_ids, positions.clamp_(0, session.limit), n)
     lengths.fill_(width - 1)
-    running = advance(logits)
+    running = advance(logits, processing(logits, state))
     prefill_tokens = int(state.produced.sum())
     prefilled = time.perf_counter()
 
@@ -140,24 +141,31 @@ def decode(
         if on_commit is not None:
             stream(int(state.produced[0]), state.output[0])
     # Finished rows leave the batch where nothing knows rows by their number.
-    shrinks = session.cache is not None and not (looks or config.adapts or config.record_trajectory or processing.processors)
-    shrinks = shrinks and lookup is None
+    shrinks = session.cache is not None and not (
+        looks or config.adapts or config.record_trajectory or processing.processors or lookup
+    )
     while running:
         if shrinks and running < state.rows:
             state = session.drop_finished()
         if choice is not None:
             started = time.perf_counter()
-            source, n = choice.next()
+            source, candidates, n = choice.next()
             state = windows.at(n)
             produced = state.produced.tolist()
         if source == "lookup":
             lookup.propose_(state)
         record()
-        running = advance(forward(state.window, session.window_positions(n), n))
+        several = lookup.candidates(state, candidates) if candidates > 1 else None
+        if several is not None:
+            running = advance(*branches.choose_(several, state))
+        else:
+            logits = forward(state.window, session.window_positions(n), n)
+            running = advance(logits, processing(logits, state))
+        step = (source if several is None else f"{source} x {several.shape[1]}", n)
         if choice is not None:
             accepted = [new - old for old, new in zip(produced, state.produced.tolist(), strict=True) if new > old]
             choice.observe(accepted, time.perf_counter() - started)
-        steps[source, n] = steps.get((source, n), 0) + 1
+        steps[step] = steps.get(step, 0) + 1
         forwards += 1
     end = time.perf_counter()
 
@@ -172,6 +180,7 @@ def decode(
             rows=tuple(row_statistics[row] for row in place),
             forwards=forwards,
             steps=steps,
+            chosen=tuple(branches.chosen) if branches is not None else (),
             block_size=config.width,
             mode=config.mode,
             draft=config.draft,

@@ -117,9 +117,11 @@ class Processing:
         start = [self.prompt.shape[1] + count for count in state.produced.tolist()]
         rows = [row for row, done in enumerate(state.done.tolist()) if not done]
         for i in range(width):
+            raw = scores[:, i].clone()
             for length in sorted({start[row] + i for row in rows}):
-                # The whole batch, as generate calls them: they may know rows by their index.
-                processed = scores[:, i].clone()
+                # The whole batch, as generate calls them: they may know rows by their index. Rows of another length are
+                # not taken, but as little processed as the others: what leaves no token to choose may raise.
+                processed = raw.clone()
                 for processor in self.processors:
                     processed = processor(tokens[:, :length], processed)
                     self.calls += 1

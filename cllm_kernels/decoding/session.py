@@ -18,8 +18,9 @@ from .cache import JacobiCache
 from .config import JacobiConfig
 from .processing import Processing
 
-Forward = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
-"""``forward(input_ids [B, m], position_ids [B, m], keep) -> logits of the last positions [B, keep, V]``."""
+Forward = Callable[..., torch.Tensor]
+"""``forward(input_ids [B, m], position_ids [B, m], keep, branch=0) -> logits of the last positions [B, keep, V]``;
+branch: of ``block_attention``."""
 
 # Iterations that one graph holds at most, and how many graphs a decode should take at least: of the last one, on
 # average half is in vain, and one more that was launched before its status was read.
@@ -104,7 +105,7 @@ def runs_on_device(device: torch.device, config: JacobiConfig, processing: Proce
     """Whether iterations can be captured: a fixed width, drafts made by ``converge_``, processors of scores alone."""
     return (
         may_capture(device, config)
-        and not (config.adapts or config.record_trajectory or "lookup" in config.sources)
+        and not (config.adapts or config.record_trajectory or config.looks_up)
         and processing.on_device
     )
 

@@ -44,8 +44,12 @@ class JacobiStatistics:
     Attributes:
         rows: one entry a batch row.
         forwards: forwards of the model, the first one (prompt and first window) included.
-        steps: forwards by draft source and width of the window; more than one entry only where these adapt.
-        block_size, mode, draft: as decoded with.
+        steps: forwards by draft source and width of the window, as ``("context x 2", 16)`` where two windows of 16 tokens
+            were looked at; more than one entry only where these change.
+        chosen: with candidates, how often a row went on with its own window, with the first candidate out of the lookup,
+            the second and so on, over the forwards that looked at some; else empty.
+        block_size: width of the window, of all blocks in flight.
+        mode, draft: as decoded with.
         backend: of the ops, resolved.
         prefill_tokens: committed by the first forward.
         prefill_seconds: wall clock up to the end of the first forward's convergence check.
@@ -57,6 +61,7 @@ class JacobiStatistics:
     rows: tuple[RowStatistics, ...]
     forwards: int
     steps: dict[tuple[str, int], int]
+    chosen: tuple[int, ...]
     block_size: int
     mode: str
     draft: str

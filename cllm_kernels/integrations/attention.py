@@ -9,9 +9,11 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from ..ops import block_attention
+from ..ops.block_attention import visible_rows
 
 # What transformers passes through to attention functions unread. It takes any 4-D mask as ready made, so the
-# bounds travel as a "mask" of shape [2, B, 1, 1]: no mask is ever built, and no layer needs a keyword of ours.
+# bounds travel as a "mask" of shape [2, B, 1, 1]: no mask is ever built, and no layer needs a keyword of ours. Its last
+# dimension tells of branches, being expanded to as many columns as a branch has tokens.
 
 # Model types outside the attention interface whose own attention adds a 4-D mask as it is given, over whatever keys
 # the cache returns, and takes positions from position_ids alone. Others slice a causal mask of their own by the number
@@ -19,16 +21,24 @@ from ..ops import block_attention
 _NATIVE = {"codegen", "falcon", "gptj"}
 
 
-def as_mask(bounds: torch.Tensor) -> torch.Tensor:
-    """Views bounds ``[2, B]`` (cache lengths, first valid rows) in the shape that models hand through."""
-    return bounds[:, :, None, None]
+def as_mask(bounds: torch.Tensor, branch: int = 0) -> torch.Tensor:
+    """Views bounds ``[2, B]`` (cache lengths, first valid rows) in the shape that models hand through.
+
+    branch: of :func:`block_attention`, 0 or at least 2.
+    """
+    return bounds[:, :, None, None].expand(-1, -1, 1, max(1, branch))
 
 
-def dense_mask(bounds: torch.Tensor, width: int, capacity: int, dtype: torch.dtype) -> torch.Tensor:
+def from_mask(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Lengths, starts and branch, out of what :func:`as_mask` made."""
+    lengths, starts = mask[:, :, 0, 0].unbind()
+    columns = mask.shape[3]
+    return lengths, starts, columns if columns > 1 else 0
+
+
+def dense_mask(bounds: torch.Tensor, width: int, capacity: int, dtype: torch.dtype, branch: int = 0) -> torch.Tensor:
     """The mask of a window behind bounds ``[2, B]`` as numbers to add, ``[B, 1, width, capacity]``."""
-    lengths, starts = as_mask(bounds)
-    rows = torch.arange(capacity, device=bounds.device)
-    seen = (rows >= starts[:, None]) & (rows <= lengths[:, None] + torch.arange(width, device=bounds.device)[:, None])
+    seen = visible_rows(*bounds, torch.arange(width, device=bounds.device), capacity, branch or width)[:, None]
     return torch.zeros(seen.shape, dtype=dtype, device=bounds.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
@@ -69,7 +79,7 @@ def _attention(
         raise NotImplementedError(
             f"{type(module).__name__} gives its sliding window in its mask alone; Jacobi decoding cannot run it"
         )
-    lengths, starts = attention_mask[:, :, 0, 0].unbind()
+    lengths, starts, branch = from_mask(attention_mask)
     output, _ = block_attention(
         query.transpose(1, 2),
         key,
@@ -80,6 +90,7 @@ def _attention(
         sliding_window=sliding_window or 0,
         softcap=softcap or 0.0,
         sinks=s_aux,
+        branch=branch,
         backend=backend,
     )
     return output, None

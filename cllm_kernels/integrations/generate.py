@@ -97,6 +97,8 @@ def jacobi_generate(
     block_size: int = JacobiConfig.block_size,
     mode: str = JacobiConfig.mode,
     draft: str = JacobiConfig.draft,
+    candidates: int = JacobiConfig.candidates,
+    blocks: int = JacobiConfig.blocks,
     adaptive: bool = JacobiConfig.adaptive,
     seed: int | tuple[int, ...] | None = JacobiConfig.seed,
     cuda_graph: bool | None = JacobiConfig.cuda_graph,
@@ -139,7 +141,9 @@ def jacobi_generate(
         NotImplementedError: the model or an option of generate is not supported.
         Whatever is raised, the model is left as it was.
     """
-    config = JacobiConfig(block_size, mode, draft, adaptive, seed, cuda_graph, backend, record_trajectory, optimize)
+    config = JacobiConfig(
+        block_size, mode, draft, candidates, blocks, adaptive, seed, cuda_graph, backend, record_trajectory, optimize
+    )
     attention = _check_model(model)
     _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
@@ -152,7 +156,7 @@ def jacobi_generate(
     # One backend for all ops: that of attention, which the dtype decides about.
     chosen = resolve(config.backend, model.device, cuda_refusal(model.dtype))
     if is_stateful(logits_processor or []):
-        config = dataclasses.replace(config, draft="none", adaptive=False)
+        config = dataclasses.replace(config, draft="none", candidates=1, blocks=1, adaptive=False)
     choice = None
     if config.adapts and memory is not None:
         key = ("choice", config.width, config.sources, input_ids.shape[0])
@@ -487,7 +491,7 @@ def _check_lengths(
             f"positions; the model has {limit}"
         )
     if config.width > limit:
-        raise ValueError(f"block_size is {config.block_size}; the model's cache holds at most {limit} positions")
+        raise ValueError(f"the window has {config.width} tokens; the model's cache holds at most {limit} positions")
     return limit - 1
 
 
@@ -533,7 +537,7 @@ def _session(
     key = None
     if kept:
         key = (
-            "session", rows, width + extra, output, len(eos), config.width, config.mode, config.refill,
+            "session", rows, width + extra, output, len(eos), config.width, config.candidates, config.mode, config.refill,
             processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
         )  # fmt: skip
         session = memory.pop(key, None)
@@ -544,7 +548,7 @@ def _session(
     bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
     bounds[1] = pads
     state = dataclasses.replace(state, lengths=bounds[0])
-    capacity = width + extra - 1 + output + config.width
+    capacity = width + extra - 1 + output + config.candidates * config.width
     forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
     session = Session(forward, state, bounds, max_position, cache)
     if runs_on_device(device, config, processing) and _has_graphs_of_its_own(model, compiled):
@@ -597,13 +601,14 @@ def window_forward(
     cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
     keeps, dtype = model._supports_logits_to_keep(), model.dtype
 
-    def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int) -> torch.Tensor:
+    def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int, branch: int = 0) -> torch.Tensor:
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
         rows = bounds[:, : tokens.shape[0]]
         call = compiled if compiled is not None and tokens.shape[1] == keep else model
+        mask = dense_mask(rows, tokens.shape[1], capacity, dtype, branch) if native else as_mask(rows, branch)
         outputs = call(
             input_ids=tokens,
-            attention_mask=dense_mask(rows, tokens.shape[1], capacity, dtype) if native else as_mask(rows),
+            attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

@@ -15,6 +15,7 @@ from ..backends import resolve
 from ..decoding import JacobiCache
 from ..ops import block_attention, window_linear, window_mlp, window_qkv
 from ..ops.window_linear import DTYPES, ROWS
+from .attention import from_mask
 
 # Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
 # each keeps its sliding window.
@@ -128,9 +129,9 @@ def _swapped_layer(layer: nn.Module) -> Callable:
             "cpp",
         )  # fmt: skip
         keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
-        lengths, starts = attention_mask[:, :, 0, 0].unbind()
+        lengths, starts, branch = from_mask(attention_mask)
         attended, _ = block_attention(
-            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, past_key_values.backend
+            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, past_key_values.backend
         )
         return window_mlp(
             hidden_states, attended.flatten(2), output["weight"], second._parameters["weight"],

@@ -32,8 +32,9 @@ from .generate import (
 
 # Options of a run that say nothing about which tokens are right.
 _IGNORED = (
-    "adaptive", "cuda_graph", "decoding", "draft", "mode", "on_commit", "output_logits", "output_scores",
-    "record_trajectory", "return_dict_in_generate", "stop_strings", "stopping_criteria", "streamer", "tokenizer",
+    "adaptive", "blocks", "candidates", "cuda_graph", "decoding", "draft", "mode", "on_commit", "output_logits",
+    "output_scores", "record_trajectory", "return_dict_in_generate", "stop_strings", "stopping_criteria", "streamer",
+    "tokenizer",
 )  # fmt: skip
 # Positions whose noise is in memory at once, for a vocabulary of 150,000 about 5 MB each.
 _CHUNK = 16

@@ -36,6 +36,7 @@ def block_attention(
     sliding_window: int = 0,
     softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    branch: int = 0,
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of window queries, whose own keys and values already stand in the cache.
@@ -55,6 +56,17 @@ def block_attention(
         query 2           .              x           x    x    x    .
         query 3           .              x           x    x    x    x
 
+    branch: with m > 0, a divisor of n, the window is n / m branches of m queries each, that go on in different ways
+    from the same L rows: query i stands at position L_b + i % m, and of the window's own rows it sees those of its
+    branch alone, which stand at the positions of their queries. With n = 4 and m = 2:
+
+        cache row:    0 .. start-1 | start .. L-1 | L  L+1  L+2  L+3 | ..
+        position                                    L  L+1  L    L+1
+        query 0           .              x           x    .    .    .
+        query 1           .              x           x    x    .    .
+        query 2           .              x           .    .    x    .
+        query 3           .              x           .    .    x    x
+
     scale: factor of the scores; None means 1 / sqrt(D).
     softcap: c > 0 replaces each score s by c * tanh(s / c), before masking.
     sinks [Hq]: a further logit of each head that takes part in the softmax's sum and has no value.
@@ -73,11 +85,11 @@ def block_attention(
     arXiv:2205.14135) and Flash-Decoding (Dao et al., 2023).
     """
     return _call(
-        query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, backend
+        query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, branch, backend
     )
 
 
-def _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks) -> bool:
+def _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks, branch) -> bool:
     """Whether `_check` would pass, for the arguments of every layer of every forward; False leaves it open."""
     shape, keys, values = query.shape, key_cache.shape, value_cache.shape
     if sinks is not None or not len(shape) == len(keys) == len(values) == 4:
@@ -102,11 +114,13 @@ def _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softca
         and device == key_cache.device == value_cache.device == lengths.device == starts.device
         and sliding_window >= 0
         and 0 <= softcap < math.inf
+        and branch >= 0
+        and width % (branch or width) == 0
     )
 
 
-def _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks) -> None:
-    if _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks):
+def _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks, branch) -> None:
+    if _fits(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks, branch):
         return
     check_rank("query", query, "B, n, Hq, D")
     check_rank("key_cache", key_cache, "B, Hkv, S, D")
@@ -133,6 +147,8 @@ def _check(query, key_cache, value_cache, lengths, starts, sliding_window, softc
         raise ValueError(f"sliding_window is {sliding_window}; it must be at least 0, which means none")
     if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap is {softcap}; it must be finite and at least 0, which means none")
+    if branch < 0 or width % (branch or width):
+        raise ValueError(f"branch is {branch}; it must be 0 (none) or divide the n = {width} queries of the window")
     if sinks is not None:
         check_float("sinks", sinks)
         check_shape("sinks", sinks, (heads,))
@@ -147,8 +163,24 @@ def _check_starts(starts: torch.Tensor) -> None:
             raise ValueError(f"row {row} has start {start}; it must be at least 0")
 
 
+def visible_rows(
+    lengths: torch.Tensor, starts: torch.Tensor, queries: torch.Tensor, capacity: int, branch: int, sliding_window: int = 0
+) -> torch.Tensor:
+    """Which cache rows the given queries of a window see: bool [B, len(queries), capacity]."""
+    columns = torch.arange(capacity, device=queries.device)
+    lengths = lengths[:, None, None]
+    inside = (queries % branch)[:, None]
+    first = lengths + queries[:, None] - inside  # of the query's branch
+    before = columns < lengths
+    seen = (before | (columns >= first)) & (columns <= first + inside) & (columns >= starts[:, None, None])
+    if sliding_window:
+        positions = torch.where(before, columns, lengths + columns - first)
+        seen &= positions > lengths + inside - sliding_window
+    return seen
+
+
 def reference(
-    query, key_cache, value_cache, lengths, starts, scale=None, sliding_window=0, softcap=0.0, sinks=None,
+    query, key_cache, value_cache, lengths, starts, scale=None, sliding_window=0, softcap=0.0, sinks=None, branch=0,
     dtype=torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """The specification of `block_attention`, computed in `dtype`; out and lse are returned in `dtype`."""
@@ -164,7 +196,6 @@ def reference(
     finite = values.isfinite()
     values = torch.where(finite, values, 0)
     broken = (~finite).to(torch.float32)
-    columns = torch.arange(capacity, device=query.device)
     out = query.new_empty(batch, width, heads, value_cache.size(3), dtype=dtype)
     lse = query.new_empty(batch, heads, width, dtype=dtype)
 
@@ -173,11 +204,8 @@ def reference(
         last = min(first + step, width)
         # [B, Hkv, group, i, D]
         q = query[:, first:last].to(dtype).unflatten(2, (kv_heads, group)).permute(0, 2, 3, 1, 4)
-        positions = (lengths[:, None] + torch.arange(first, last, device=query.device))[:, :, None]
-        visible = (columns >= starts[:, None, None]) & (columns <= positions)
-        if sliding_window:
-            visible &= columns > positions - sliding_window
-
+        queries = torch.arange(first, last, device=query.device)
+        visible = visible_rows(lengths, starts, queries, capacity, branch or width, sliding_window)
         scores = torch.einsum("bhgid,bhjd->bhgij", q, keys) * scale
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
@@ -201,10 +229,10 @@ def reference(
 
 
 def _implementation(
-    query, key_cache, value_cache, lengths, starts, scale=None, sliding_window=0, softcap=0.0, sinks=None,
+    query, key_cache, value_cache, lengths, starts, scale=None, sliding_window=0, softcap=0.0, sinks=None, branch=0,
     backend="auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks)
+    _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks, branch)
     dim, value_dim = query.size(3), value_cache.size(3)
     cell = None
     if backend == "auto" and query.is_cuda:
@@ -213,10 +241,11 @@ def _implementation(
     backend = backends.resolve(backend, query.device, cuda_refusal(query.dtype, dim, value_dim), cell=cell)
     if backend == "torch":
         out, lse = reference(
-            query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks
+            query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, branch
         )
         return out.to(query.dtype), lse
     batch, width, heads, _ = query.shape
+    branch = branch or width
     kv_heads, capacity = key_cache.size(1), key_cache.size(2)
     lengths, starts = lengths.contiguous(), starts.contiguous()
     if sinks is not None:
@@ -227,7 +256,7 @@ def _implementation(
         check_room(lengths, width, capacity)
         _check_starts(starts)
         with torch.cuda.device_of(query):  # Triton launches on the current device
-            return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks)
+            return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, branch)
     out = query.new_empty(batch, width, heads, value_dim)
     lse = query.new_empty(batch, heads, width, dtype=torch.float32)
     arguments = (
@@ -237,7 +266,7 @@ def _implementation(
         lengths.data_ptr(), starts.data_ptr(), 0 if sinks is None else sinks.data_ptr(),
         out.data_ptr(), lse.data_ptr(),
         batch, width, heads, kv_heads, capacity, dim, value_dim,
-        dim**-0.5 if scale is None else scale, sliding_window, softcap, DTYPE_CODES[query.dtype],
+        dim**-0.5 if scale is None else scale, sliding_window, branch, softcap, DTYPE_CODES[query.dtype],
     )  # fmt: skip
     if backend == "cpp":
         backends.EXTENSION.block_attention(*arguments, torch.get_num_threads())
@@ -266,10 +295,10 @@ def cuda_refusal(dtype: torch.dtype, dim: int = 1, value_dim: int = 1) -> str | 
 
 
 def _fake(
-    query, key_cache, value_cache, lengths, starts, scale=None, sliding_window=0, softcap=0.0, sinks=None,
+    query, key_cache, value_cache, lengths, starts, scale=None, sliding_window=0, softcap=0.0, sinks=None, branch=0,
     backend="auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks)
+    _check(query, key_cache, value_cache, lengths, starts, sliding_window, softcap, sinks, branch)
     batch, width, heads, _ = query.shape
     out = query.new_empty(batch, width, heads, value_cache.size(3))
     return out, query.new_empty(batch, heads, width, dtype=torch.float32)
@@ -277,7 +306,7 @@ def _fake(
 
 _call = register(
     "block_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor lengths, Tensor starts, "
-    "float? scale=None, int sliding_window=0, float softcap=0.0, Tensor? sinks=None, "
+    "float? scale=None, int sliding_window=0, float softcap=0.0, Tensor? sinks=None, int branch=0, "
     'str backend="auto") -> (Tensor, Tensor)',
     _implementation,
     _fake,

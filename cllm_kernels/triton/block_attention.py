@@ -52,11 +52,15 @@ def _broken(x):
 
 @triton.jit
 def _step(
-    query, key_rows, value_rows, key_stride, value_stride, first, end, lowest, highest, peak, total, output, scale, cap,
+    query, key_rows, value_rows, key_stride, value_stride, first, end, length, lowest, highest, own, peak, total, output,
+    scale, cap,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAD: tl.constexpr, VALUE_PAD: tl.constexpr, KEYS: tl.constexpr,
-    MASK: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASK: tl.constexpr, BRANCHED: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over keys [first, first + KEYS); with MASK, over those before `end` that a row sees."""
+    """One step of the online softmax over keys [first, first + KEYS); with MASK, over those before `end` that a row sees.
+
+    These are the ones from `lowest` to `highest`; if BRANCHED, those from `length` on that are before `own` are not.
+    """
     keys = first + tl.arange(0, KEYS)
     dims = tl.arange(0, PAD)
     value_dims = tl.arange(0, VALUE_PAD)
@@ -83,6 +87,8 @@ def _step(
         scores = cap * tl.where(ratio < 0, -tanh, tanh)
     if MASK:
         visible = (keys[None, :] >= lowest[:, None]) & (keys[None, :] <= highest[:, None]) & (keys < end)[None, :]
+        if BRANCHED:
+            visible = visible & ((keys < length)[None, :] | (keys[None, :] >= own[:, None]))
         scores = tl.where(visible, scores, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(scores, 1))
     # a row that has seen nothing keeps weights of 0, as 2^(-inf - 0)
@@ -100,18 +106,20 @@ def _step(
                 row_at = value_rows + (tl.zeros([1], tl.int64) + at) * value_stride
                 one = tl.load(row_at + value_dims, mask=value_dims < VALUE_DIM, other=0.0)
                 sees = (at >= lowest) & (at <= highest)
+                if BRANCHED:
+                    sees = sees & ((at < length) | (at >= own))
                 output = tl.where(sees[:, None] & _broken(one)[None, :], float("nan"), output)
     output = _dot(_narrow(weights, value.dtype), value, output)
     return new_peak, total, output
 
 
-@triton.jit(do_not_specialize=["rows", "width", "window", "min_keys"])
+@triton.jit(do_not_specialize=["rows", "width", "branch", "window", "min_keys"])
 def _attend(
     query, key_cache, value_cache, lengths, starts, sinks, out, lse, partial_out, partial_lse,
-    q0, q1, q2, k0, k1, k2, v0, v1, v2, rows, width, kv_heads, window, min_keys, scale, cap,
+    q0, q1, q2, k0, k1, k2, v0, v1, v2, rows, width, branch, kv_heads, window, min_keys, scale, cap,
     GROUP: tl.constexpr, DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PAD: tl.constexpr, VALUE_PAD: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED_KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, MASKED_KEYS: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr,
+    BRANCHED: tl.constexpr, SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     tile, split = tl.program_id(0) // SPLITS, tl.program_id(0) % SPLITS
     head, batch = tl.program_id(1), tl.program_id(2)
@@ -124,17 +132,27 @@ def _attend(
     query_head = head * GROUP + real % GROUP
     highest = length + token
     lowest = tl.zeros_like(token) + start
+    own = lowest
+    inside = token
+    if BRANCHED:
+        inside = token % branch
+        own = highest - inside
+        if WINDOWED:
+            own += tl.maximum(0, inside - window + 1)
     if WINDOWED:
-        lowest = tl.maximum(lowest, highest - window + 1)
+        lowest = tl.maximum(lowest, length + inside - window + 1)
 
-    # What any row of the tile sees is [begin, end), what all see [all_begin, all_end): positions rise with the rows.
+    # What any row of the tile sees is [begin, end), what all see [all_begin, all_end). Of one chain, positions rise with
+    # the rows; with branches all rows share what is before the window.
     first_token = tile * ROWS // GROUP
     last_token = tl.minimum(tile * ROWS + ROWS - 1, rows - 1) // GROUP
+    end, all_end = length + last_token + 1, length + first_token + 1
+    if BRANCHED:
+        first_token, last_token, all_end = 0, branch - 1, length
     begin, all_begin = start, start
     if WINDOWED:
         begin = tl.maximum(start, length + first_token - window + 1)
         all_begin = tl.maximum(start, length + last_token - window + 1)
-    end, all_end = length + last_token + 1, length + first_token + 1
     begin = tl.minimum(begin, end)
     if SPLITS > 1:
         size = tl.maximum(min_keys, tl.cdiv(end - begin, SPLITS))
@@ -166,18 +184,21 @@ def _attend(
     if WINDOWED:
         for first in range(begin, masked_end, MASKED_KEYS):
             peak, total, output = _step(
-                tile_query, key_rows, value_rows, k2, v2, first, end, lowest, highest, peak, total, output, scale, cap,
-                DIM, VALUE_DIM, PAD, VALUE_PAD, MASKED_KEYS, True, SOFTCAP,
+                tile_query, key_rows, value_rows, k2, v2, first, end, length, lowest, highest, own, peak, total,
+                output, scale, cap,
+                DIM, VALUE_DIM, PAD, VALUE_PAD, MASKED_KEYS, True, BRANCHED, SOFTCAP,
             )  # fmt: skip
     for first in range(masked_end, whole_end, KEYS):
         peak, total, output = _step(
-            tile_query, key_rows, value_rows, k2, v2, first, end, lowest, highest, peak, total, output, scale, cap,
-            DIM, VALUE_DIM, PAD, VALUE_PAD, KEYS, False, SOFTCAP,
+            tile_query, key_rows, value_rows, k2, v2, first, end, length, lowest, highest, own, peak, total,
+            output, scale, cap,
+            DIM, VALUE_DIM, PAD, VALUE_PAD, KEYS, False, BRANCHED, SOFTCAP,
         )  # fmt: skip
     for first in range(whole_end, end, MASKED_KEYS):
         peak, total, output = _step(
-            tile_query, key_rows, value_rows, k2, v2, first, end, lowest, highest, peak, total, output, scale, cap,
-            DIM, VALUE_DIM, PAD, VALUE_PAD, MASKED_KEYS, True, SOFTCAP,
+            tile_query, key_rows, value_rows, k2, v2, first, end, length, lowest, highest, own, peak, total,
+            output, scale, cap,
+            DIM, VALUE_DIM, PAD, VALUE_PAD, MASKED_KEYS, True, BRANCHED, SOFTCAP,
         )  # fmt: skip
 
     if SPLITS > 1:
@@ -236,7 +257,7 @@ def _merge(
 
 
 def block_attention(
-    query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks
+    query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, branch
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op on arguments that have been checked; see `cllm_kernels.ops.block_attention`."""
     batch, width, heads, dim = query.shape
@@ -263,11 +284,11 @@ def block_attention(
     _attend[(-(-rows // config.block_rows) * splits, kv_heads, batch)](
         query, key_cache, value_cache, lengths, starts, sinks, out, lse, partial_out, partial_lse,
         *query.stride()[:3], *key_cache.stride()[:3], *value_cache.stride()[:3],
-        rows, width, kv_heads, sliding_window, configs.split_keys(config.block_rows),
+        rows, width, branch, kv_heads, sliding_window, configs.split_keys(config.block_rows),
         (dim**-0.5 if scale is None else scale) * LOG2E.value, softcap * LOG2E.value,
         GROUP=group, DIM=dim, VALUE_DIM=value_dim, PAD=pads[0], VALUE_PAD=pads[1],
         ROWS=config.block_rows, KEYS=config.block_keys, MASKED_KEYS=configs.masked_keys(config), SPLITS=splits,
-        WINDOWED=sliding_window > 0, SOFTCAP=softcap > 0, SINKS=not no_sinks,
+        WINDOWED=sliding_window > 0, BRANCHED=branch < width, SOFTCAP=softcap > 0, SINKS=not no_sinks,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:

@@ -33,13 +33,13 @@ void block_attention(uintptr_t query, int64_t q0, int64_t q1, int64_t q2, uintpt
                      int64_t k2, uintptr_t value_cache, int64_t v0, int64_t v1, int64_t v2, uintptr_t lengths,
                      uintptr_t starts, uintptr_t sinks, uintptr_t out, uintptr_t lse, int64_t batch, int64_t width,
                      int64_t heads, int64_t kv_heads, int64_t capacity, int64_t dim, int64_t value_dim, float scale,
-                     int64_t sliding_window, float softcap, int dtype, uintptr_t partial, uintptr_t tickets, int device,
-                     uintptr_t stream) {
+                     int64_t sliding_window, int64_t branch, float softcap, int dtype, uintptr_t partial,
+                     uintptr_t tickets, int device, uintptr_t stream) {
   cuda::block_attention(
       {strided(query, q0, q1, q2), strided(key_cache, k0, k1, k2), strided(value_cache, v0, v1, v2),
        pointer<const int32_t>(lengths), pointer<const int32_t>(starts), pointer<const float>(sinks),
        pointer<void>(out), pointer<float>(lse), batch, width, heads, kv_heads, capacity, dim, value_dim, scale,
-       sliding_window, softcap, static_cast<DType>(dtype)},
+       sliding_window, branch, softcap, static_cast<DType>(dtype)},
       pointer<float>(partial), pointer<uint32_t>(tickets), {device, pointer<void>(stream)});
 }
 

@@ -38,6 +38,7 @@ struct AttentionParams {
   int64_t batch, width, heads, kv_heads, capacity, dim, value_dim;
   float scale;
   int64_t sliding_window;  // 0: none
+  int64_t branch;          // rows of a branch, a divisor of width
   float softcap;           // 0: none
   DType dtype;
 

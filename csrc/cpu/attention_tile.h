@@ -28,7 +28,7 @@ CLLM_INLINE int64_t key_tile(int64_t dim) { return minimum(96, 2 * score_tile(di
 // The parts of the scratch memory, in floats; each starts at a multiple of 16.
 struct Layout {
   int64_t rows, padded_rows, padded_value_dim, keys;
-  int64_t query, scores, output, peak, total, correction, lowest, highest, key, value, size;
+  int64_t query, scores, output, peak, total, correction, lowest, highest, own, key, value, size;
 
   Layout(const AttentionParams& p, int64_t count) {
     rows = count * p.group();
@@ -44,7 +44,8 @@ struct Layout {
     correction = total + padded_rows;
     lowest = correction + padded_rows;
     highest = lowest + padded_rows;
-    key = highest + padded_rows;
+    own = highest + padded_rows;
+    key = own + padded_rows;
     value = key + round_up(keys * p.dim, lanes);
     size = value + keys * padded_value_dim;
   }
@@ -121,11 +122,11 @@ CLLM_INLINE void with_block(int64_t count, const Body& body) {
 }
 
 // One step of the online softmax of 16 rows: scores of keys [begin, end) become weights, and `correction` what
-// earlier sums must be multiplied by. `lowest` and `highest` are what each row sees, `all` that every row sees
-// every key.
+// earlier sums must be multiplied by. `lowest`, `highest` and `own` are what each row sees: keys from `lowest` to
+// `highest`, but for those from `length` on that are before `own`. `all`: every row sees every key.
 CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int64_t end, bool all,
-                              const int32_t* lowest, const int32_t* highest, float softcap, float* peak, float* total,
-                              float* correction) {
+                              const int32_t* lowest, const int32_t* highest, const int32_t* own, int32_t length,
+                              float softcap, float* peak, float* total, float* correction) {
   const int64_t keys = end - begin;
   if (softcap > 0)
     for (int64_t key = 0; key < keys; ++key)
@@ -135,13 +136,15 @@ CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int6
       }
   if (!all)
     for (int v = 0; v < parts; ++v) {
-      vint low, high;
+      vint low, high, low_own;
       memcpy(&low, lowest + v * native, sizeof low);
       memcpy(&high, highest + v * native, sizeof high);
+      memcpy(&low_own, own + v * native, sizeof low_own);
       for (int64_t key = 0; key < keys; ++key) {
         float* here = scores + key * stride + v * native;
-        const vint position = static_cast<int32_t>(begin + key) - vint{};
-        store(here, (low <= position) & (position <= high) ? load(here) : splat(-INFINITY));
+        const vint row = static_cast<int32_t>(begin + key) - vint{};
+        if (begin + key >= length) low = low_own;
+        store(here, (low <= row) & (row <= high) ? load(here) : splat(-INFINITY));
       }
     }
 
@@ -206,6 +209,8 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   float* correction = scratch + at.correction;
   int32_t* lowest = reinterpret_cast<int32_t*>(scratch + at.lowest);
   int32_t* highest = reinterpret_cast<int32_t*>(scratch + at.highest);
+  int32_t* own = reinterpret_cast<int32_t*>(scratch + at.own);
+  const int64_t length = p.lengths[task.row], start = p.starts[task.row];
 
   // Scores and their maxima are in base 2: a power of 2 costs less than one of e.
   const float scale = p.scale * log2e, softcap = p.softcap * log2e;
@@ -217,10 +222,11 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
                     (task.head * group + real % group) * p.query.strides[2];
     float* to = query + row / lanes * lanes * p.dim + row % lanes;
     for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * scale;
-    const int64_t position = p.lengths[task.row] + token;
-    const int64_t far = p.sliding_window ? position - p.sliding_window + 1 : 0;
-    lowest[row] = static_cast<int32_t>(maximum(p.starts[task.row], far));
-    highest[row] = static_cast<int32_t>(position);
+    const int64_t inside = token % p.branch;
+    const int64_t slid = p.sliding_window ? inside - p.sliding_window + 1 : -length;
+    lowest[row] = static_cast<int32_t>(maximum(start, length + slid));
+    highest[row] = static_cast<int32_t>(length + token);
+    own[row] = static_cast<int32_t>(maximum(start, length + token - inside + maximum(0, slid)));
     peak[row] = -INFINITY;
     total[row] = 0;
   }
@@ -233,6 +239,18 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   const float one = 1;
   const bool in_place = std::is_same<T, float>::value && p.value_dim % lanes == 0 && (rows <= block_rows || p.value_dim <= 32);
   const int64_t column = in_place ? 1 : at.keys;  // from one value to the next, times 16
+
+  // What rows [row, last] see at most begins at least(row), and what all of them see is [all_least(last),
+  // all_behind(row)). Of one chain, positions do not decrease along the rows. With branches they do, and all rows share
+  // what is before the window.
+  const bool chain = p.branch == p.width;
+  const int64_t first_slid = p.sliding_window ? length - p.sliding_window + 1 : 0;
+  const int64_t last_slid = p.sliding_window ? first_slid + p.branch - 1 : 0;
+  const auto least = [&](int64_t row) { return chain ? lowest[row] : maximum(start, first_slid); };
+  const auto all_least = [&](int64_t last) {
+    return chain ? lowest[last] : minimum(length, maximum(start, last_slid));
+  };
+  const auto all_behind = [&](int64_t row) { return chain ? highest[row] + 1 : length; };
 
   for (int64_t tile = task.key_begin; tile < task.key_end; tile += at.keys) {
     const int64_t tile_end = minimum(tile + at.keys, task.key_end);
@@ -259,11 +277,10 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       value_stride = lanes;
     }
 
-    // Positions do not decrease along the rows, so that the first and the last row bound what 16 rows see.
     const int64_t step = score_tile(p.dim);
     for (int64_t part = tile; part < tile_end; part += step)
       for (int64_t row = 0; row < padded; row += lanes) {
-        const int64_t begin = maximum(part, lowest[row]);
+        const int64_t begin = maximum(part, least(row));
         const int64_t end = minimum(minimum(part + step, tile_end), highest[row + lanes - 1] + 1);
         for (int64_t key = begin; key < end; key += block_rows)
           with_block<block_rows>(minimum(block_rows, end - key), [&](auto count) {
@@ -273,15 +290,15 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       }
 
     for (int64_t row = 0; row < padded; row += lanes) {
-      const int64_t begin = maximum(tile, lowest[row]);
+      const int64_t begin = maximum(tile, least(row));
       const int64_t end = minimum(tile_end, highest[row + lanes - 1] + 1);
       if (begin >= end) {
         for (int i = 0; i < lanes; ++i) correction[row + i] = 1;
         continue;
       }
-      const bool all = lowest[row + lanes - 1] <= begin && end <= highest[row] + 1;
+      const bool all = all_least(row + lanes - 1) <= begin && end <= all_behind(row);
       softmax_step(scores + (begin - tile) * padded + row, padded, begin, end, all, lowest + row, highest + row,
-                   softcap, peak + row, total + row, correction + row);
+                   own + row, static_cast<int32_t>(length), softcap, peak + row, total + row, correction + row);
     }
 
     // 16 values of every key stay in the L1 cache for all rows. Blocks are of about one size: a small one waits for
@@ -292,14 +309,14 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         const int64_t row = rows * block / blocks, count = rows * (block + 1) / blocks - row, last = row + count - 1;
         // The keys that all rows of the block see; what only some see follows row by row, because a weight of 0
         // does not remove a NaN.
-        const int64_t begin = minimum(tile_end, maximum(tile, lowest[last]));
-        const int64_t end = maximum(begin, minimum(tile_end, highest[row] + 1));
+        const int64_t begin = minimum(tile_end, maximum(tile, all_least(last)));
+        const int64_t end = maximum(begin, minimum(tile_end, all_behind(row)));
         const auto at_key = [&](int64_t key) { return values + (key - tile) * value_stride + d * column; };
         with_block<block_rows>(count, [&](auto size) {
           add_values<decltype(size)::value>(scores + (begin - tile) * padded + row, padded, at_key(begin), value_stride,
                                             end - begin, output + row * value_dim + d, value_dim, correction + row);
         });
-        if (lowest[row] >= begin && highest[last] < end) continue;
+        if (least(row) >= begin && highest[last] < end) continue;
         for (int64_t i = row; i <= last; ++i) {
           const int64_t from = maximum(tile, lowest[i]), to = minimum(tile_end, highest[i] + 1);
           const auto add = [&](int64_t first, int64_t behind) {
@@ -308,7 +325,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
                             output + i * value_dim + d, value_dim, &one);
           };
           add(from, minimum(begin, to));
-          add(maximum(end, from), to);
+          add(maximum(maximum(end, from), own[i]), to);
         }
       }
   }

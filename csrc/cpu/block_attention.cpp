@@ -50,7 +50,9 @@ void block_attention(const AttentionParams& p, int threads) {
   for (int64_t row = 0; row < p.batch; ++row)
     for (int64_t first = 0; first < p.width; first += tile) {
       const int64_t count = std::min(tile, p.width - first);
-      const int64_t position = p.lengths[row] + first, end = position + count;
+      const int64_t end = p.lengths[row] + first + count;
+      // of the first query of the tile, or of any one
+      const int64_t position = p.lengths[row] + (p.branch == p.width ? first : 0);
       const int64_t far = p.sliding_window ? position - p.sliding_window + 1 : 0;
       const int64_t begin = std::min(end, std::max<int64_t>(p.starts[row], far));
       const int64_t keys = end - begin;

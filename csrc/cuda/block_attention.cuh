@@ -47,10 +47,13 @@ __device__ KeyRange key_range(const AttentionArguments& a, int length, int start
   const int group = static_cast<int>(a.params.group()), window = static_cast<int>(a.params.sliding_window);
   const int first = tile * Tile::rows / group;
   const int last = smaller(tile * Tile::rows + Tile::rows - 1, a.rows - 1) / group;
-  KeyRange range{start, length + last + 1, start, length + first + 1};
+  // Of one chain, positions rise with the rows; with branches all rows share what is before the window.
+  const int branch = static_cast<int>(a.params.branch);
+  const bool chain = branch == a.params.width;
+  KeyRange range{start, length + last + 1, start, length + (chain ? first + 1 : 0)};
   if (window) {
-    range.begin = larger(start, length + first - window + 1);
-    range.all_begin = larger(start, length + last - window + 1);
+    range.begin = larger(start, length + (chain ? first : 0) - window + 1);
+    range.all_begin = larger(start, length + (chain ? last : branch - 1) - window + 1);
   }
   // Lengths on a device are not checked by the host; what lies outside the cache is not read.
   range.end = smaller(range.end, static_cast<int>(a.params.capacity));
@@ -142,7 +145,13 @@ struct Warp {
   float output[2 * steps][4] = {};
   float peak[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
   uint32_t query[Tile::query_in_registers ? steps : 1][4];
-  int lowest[2], highest[2];  // what rows lane / 4 and lane / 4 + 8 see
+  // What rows lane / 4 and lane / 4 + 8 see: keys from `lowest` to `highest`, but for those from `length` on that are
+  // before `own`.
+  int lowest[2], highest[2], own[2], length;
+
+  __device__ __forceinline__ bool sees(int half, int key) const {
+    return key >= (key < length ? lowest[half] : own[half]) && key <= highest[half];
+  }
 
   __device__ void load_query(const uint16_t* queries, int step, uint32_t (&to)[4]) const {
     const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 % Tile::row_warps;
@@ -183,7 +192,7 @@ struct Warp {
         }
         if (masked) {
           const int key = first + tile * 8 + lane % 4 * 2 + e % 2;
-          if (key < lowest[e / 2] || key > highest[e / 2]) x = -INFINITY;
+          if (!sees(e / 2, key)) x = -INFINITY;
         }
         score[tile][e] = x;
         new_peak[e / 2] = fmaxf(new_peak[e / 2], x);  // the maximum ignores NaN, which shows in the sum
@@ -241,9 +250,7 @@ struct Warp {
       for (int tile = 0; tile < 2 * steps; ++tile)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          const int key = first + i, half = e / 2;
-          if (key >= lowest[half] && key <= highest[half] &&
-              is_broken<T>(values[i * Tile::stride + tile * 8 + lane % 4 * 2 + e % 2]))
+          if (sees(e / 2, first + i) && is_broken<T>(values[i * Tile::stride + tile * 8 + lane % 4 * 2 + e % 2]))
             output[tile][e] = NAN;
         }
   }
@@ -377,14 +384,15 @@ CLLM_KERNEL(Tile::threads, 1) attention_kernel(AttentionArguments a) {
     for (int step = 0; step < Tile::stages - 1; ++step) load_step(step);  // the queries belong to the first group
 
     Warp<T, Tile> warp;
+    warp.length = length;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = smaller(tile * Tile::rows + row_warp * 16 + half * 8 + lane / 4, a.rows - 1);
-      const int position = length + row / group;
-      warp.highest[half] = smaller(position, range.end - 1);
-      warp.lowest[half] = start;
-      if (p.sliding_window)
-        warp.lowest[half] = larger(start, position - static_cast<int>(p.sliding_window) + 1);
+      const int token = row / group, inside = token % static_cast<int>(p.branch);
+      const int slid = p.sliding_window ? inside - static_cast<int>(p.sliding_window) + 1 : -length;
+      warp.highest[half] = smaller(length + token, range.end - 1);
+      warp.lowest[half] = larger(start, length + slid);
+      warp.own[half] = larger(start, length + token - inside + larger(0, slid));
     }
     const float scale = p.scale * log2e, cap = p.softcap * log2e;
 

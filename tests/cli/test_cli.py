@@ -72,6 +72,17 @@ def test_generate():
     assert "select" in result.output and "tokens per forward" in result.output
 
 
+def test_generate_takes_draft_options():
+    prompt = ["--prompt", "wine_1 : How many wines are there?\n", "--dtype", "float32", "--block-size", 4]
+    options = ["--draft", "lookup", "--candidates", 2, "--blocks", 2]
+    result = run("generate", "--model", MODELS / "spider-cllm", *prompt, *options)
+    assert result.exit_code == 0, result.output
+    assert result.stdout == run("generate", "--model", MODELS / "spider-cllm", *prompt).stdout
+    assert "windows chosen" in result.output
+    result = run("generate", "--model", MODELS / "spider-cllm", *prompt, "--mode", "block", "--blocks", 2)
+    assert result.exit_code == 1 and "needs mode='window'" in " ".join(result.output.split())
+
+
 def test_generate_reports_errors():
     result = run("generate", "--model", MODELS / "spider-cllm", "--prompt", "x", "--mode", "warp")
     assert result.exit_code == 1 and "window, block" in result.output

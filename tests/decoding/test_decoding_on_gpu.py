@@ -1,15 +1,17 @@
 """Jacobi decoding on a GPU equals generate there, token for token in fp32."""
 
+import functools
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
-from helpers import make_model, make_prompts
+from helpers import Planted, make_model, make_prompts
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends
 from cllm_kernels.comparison import load_model
-from cllm_kernels.decoding import session
+from cllm_kernels.decoding import loop, session
 from cllm_kernels.spider import prompt_for
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
@@ -30,6 +32,18 @@ def test_equals_generate(mode, backend):
         got = generator.generate(**inputs, do_sample=False, max_new_tokens=128)
         assert torch.equal(got, want), prompt_for(row)
         assert generator.statistics.backend == backend
+
+
+def test_candidates_equal_generate():
+    model = make_model("llama", seed=4).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(4).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    expected = model.generate(**inputs, **options)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=6, candidates=3))
+    planted = functools.partial(Planted, expected=expected[:, 12:].tolist(), seed=0)
+    with mock.patch.object(loop, "LookupDrafts", planted):
+        assert torch.equal(generator.generate(**inputs, **options), expected)
+    assert sum(generator.statistics.chosen[1:]) > 4
 
 
 def test_graphs_are_kept_for_prompts_of_like_length():

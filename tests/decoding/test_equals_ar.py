@@ -56,10 +56,14 @@ _MODELS = {family: make_model(family, seed=7) for family in ("llama", "mistral",
     mode=st.sampled_from(["window", "block"]),
     draft=st.sampled_from(["context", "last", "lookup", "auto", "none"]),
     adaptive=st.booleans(),
+    candidates=st.integers(1, 4),
+    blocks=st.integers(1, 3),
     max_new_tokens=st.integers(1, 30),
     eos=st.lists(st.integers(3, VOCABULARY - 1), min_size=0, max_size=12, unique=True),
 )
-def test_equals_generate_on_any_options(family, rows, width, seed, block_size, mode, draft, adaptive, max_new_tokens, eos):
+def test_equals_generate_on_any_options(
+    family, rows, width, seed, block_size, mode, draft, adaptive, candidates, blocks, max_new_tokens, eos
+):
     """Many EOS ids make rows stop early, at different times and inside accepted runs."""
     model = _MODELS[family]
     inputs = make_prompts(rows, width, seed) if width > 4 else {
@@ -68,7 +72,11 @@ def test_equals_generate_on_any_options(family, rows, width, seed, block_size, m
     }
     options = {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": [EOS, *eos]}
     expected = model.generate(**inputs, **options)
-    generator = JacobiGenerator(model, JacobiConfig(block_size, "window" if draft == "auto" or adaptive else mode, draft, adaptive, seed))
+    if draft == "auto" or adaptive or blocks > 1:
+        mode = "window"
+    if draft == "none":
+        candidates = blocks = 1
+    generator = JacobiGenerator(model, JacobiConfig(block_size, mode, draft, candidates, blocks, adaptive, seed))
     assert torch.equal(generator.generate(**inputs, **options), expected)
     assert sum(generator.statistics.steps.values()) == generator.statistics.forwards
     for row in generator.statistics.rows:

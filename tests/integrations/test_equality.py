@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
+import textwrap
+from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
 from families import EXACT, make_family
-from helpers import EOS, VOCABULARY, make_prompts
+from helpers import EOS, VOCABULARY, Planted, make_prompts
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_processing import OPTIONS as PROCESSORS
@@ -16,7 +20,10 @@ from test_sampling import WARPERS
 
 import cllm_kernels.ops.converge as converge_module
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, verify
+from cllm_kernels.decoding import JacobiCache, loop
+from cllm_kernels.decoding.branches import Branches
 
+attention_module = sys.modules["cllm_kernels.ops.block_attention"]  # the package's attribute is the function
 pytestmark = pytest.mark.filterwarnings("ignore:Unfeasible length constraints")
 CASES = 2000
 BACKENDS = [name for name, reason in backends.available().items() if reason is None and name != "triton"]
@@ -33,6 +40,8 @@ case = st.fixed_dictionaries(
         mode=st.sampled_from(["window", "block"]),
         draft=st.sampled_from(["context", "last", "lookup", "auto"]),
         adaptive=st.booleans(),
+        candidates=st.sampled_from([1, 2, 2, 3, 4]),
+        blocks=st.sampled_from([1, 1, 1, 2, 3]),
         backend=st.sampled_from(BACKENDS),
         max_new_tokens=st.integers(1, 14),
         eos=st.lists(st.integers(3, VOCABULARY - 1), max_size=6, unique=True).map(tuple),
@@ -43,32 +52,42 @@ case = st.fixed_dictionaries(
 )
 
 
-def check(case):
-    """Greedy tokens are those of transformers' generate; sampled ones are the coupled samples of native forwards."""
+def check(case, chosen):
+    """Greedy tokens are those of transformers' generate; sampled ones those of one token at a time, and the coupled samples
+    of native forwards. Counts in `chosen` whether a candidate was better than the window."""
     model, inputs = model_of(case["family"]), make_prompts(case["rows"], case["width"], case["prompt_seed"])
     options = dict(max_new_tokens=case["max_new_tokens"], eos_token_id=[EOS, *case["eos"]])
     options |= {} if case["processors"] == "none" else PROCESSORS[case["processors"]]
     sampling = case["warpers"] != "greedy"
     options |= dict(do_sample=True) | WARPERS[case["warpers"]] if sampling else dict(do_sample=False)
-    config = {name: case[name] for name in ("block_size", "mode", "draft", "adaptive", "backend", "seed")}
-    if case["adaptive"] or case["draft"] == "auto":
-        config["mode"] = "window"  # blocks have one width
+    names = ("block_size", "mode", "draft", "adaptive", "candidates", "blocks", "backend", "seed")
+    config = {name: case[name] for name in names}
+    if case["adaptive"] or case["draft"] == "auto" or case["blocks"] > 1:
+        config["mode"] = "window"
+    alone = JacobiConfig(draft="none", seed=case["seed"])
+    reference = JacobiGenerator(model, alone) if sampling else model
+    expected = reference.generate(**inputs, **options)
     generator = JacobiGenerator(model, JacobiConfig(**config))
-    got = generator.generate(**inputs, **options)
+    planted = functools.partial(Planted, expected=expected[:, case["width"] :].tolist(), seed=case["prompt_seed"])
+    with mock.patch.object(loop, "LookupDrafts", planted):
+        got = generator.generate(**inputs, **options)
+    for branch, times in enumerate(generator.statistics.chosen):
+        chosen[branch > 0] += times
     lengths = [row.tokens for row in generator.statistics.rows]
     if sampling:
+        assert torch.equal(got, expected)
         certificate = verify(model, **inputs, output=got, seed=case["seed"], lengths=lengths, **options)
         assert certificate.lossless, certificate
         assert list(certificate.tokens) == lengths
         for row, count in zip(got[:, case["width"] :].tolist(), lengths, strict=True):
             assert count == case["max_new_tokens"] or row[count - 1] in options["eos_token_id"]
     else:
-        assert torch.equal(got, model.generate(**inputs, **options))
+        assert torch.equal(got, expected)
 
 
-def hold(examples, **fixed):
+def hold(examples, chosen=None, **fixed):
     """Runs the property; returns how many rows it decoded, each with a prompt of its own."""
-    seen = {}
+    seen, chosen = {}, Counter() if chosen is None else chosen
 
     @settings(
         max_examples=examples, derandomize=True, database=None, deadline=None, phases=[Phase.generate],
@@ -79,7 +98,7 @@ def hold(examples, **fixed):
         case |= fixed
         key = tuple(case.values())
         if key not in seen:
-            check(case)
+            check(case, chosen)
             seen[key] = case["rows"]
 
     run()
@@ -87,17 +106,54 @@ def hold(examples, **fixed):
 
 
 def test_equality():
-    assert hold(600) >= CASES
+    chosen = Counter()
+    assert hold(600, chosen) >= CASES
+    assert chosen[False] > 100 and chosen[True] > 500, "candidates must have been worse than the window, and better"
 
 
-def test_equality_finds_an_accept_length_that_is_one_too_long(monkeypatch):
-    source = inspect.getsource(converge_module.reference)
-    rule = "accept = 1 + agreed.cumprod(1).sum(1)"
-    assert source.count(rule) == 1
-    mutant = source.replace(rule, "accept = (2 + agreed.cumprod(1).sum(1)).clamp(max=width)")
-    names = dict(vars(converge_module))
-    exec(compile("from __future__ import annotations\n" + mutant, "mutant", "exec"), names)
-    hold(10, backend="torch")
-    monkeypatch.setattr(converge_module, "reference", names["reference"])
+hold_once = functools.cache(hold)
+
+
+# What a planted mistake changes, where, the right line, the wrong one, and cases that it must show in.
+MUTANTS = {
+    "an accept length that is one too long": (
+        converge_module, "reference", "accept = 1 + agreed.cumprod(1).sum(1)",
+        "accept = (2 + agreed.cumprod(1).sum(1)).clamp(max=width)", dict(candidates=1),
+    ),
+    "a branch that sees the last row of the one before": (
+        attention_module, "visible_rows", "(columns >= first)", "(columns >= first - 1)", {},
+    ),
+    "a branch that does not see its first row": (
+        attention_module, "visible_rows", "(columns >= first)", "(columns >= first + (first > lengths))", {},
+    ),
+    "a sliding window that counts rows": (
+        attention_module, "visible_rows", "lengths + columns - first", "columns", dict(family="Mistral"),
+    ),
+    "positions that go on from branch to branch": (
+        Branches, "choose_", "torch.cat([self.session.window_positions(width)] * count, 1)",
+        "self.session.window_positions(width)[:, :1] + torch.arange(count * width)", {},
+    ),
+    "keys of the row before": (
+        JacobiCache, "take_branches", "source = length + branch * width", "source = length + branch * width - 1", {},
+    ),
+    "keys of the branch before": (
+        JacobiCache, "take_branches", "source = length + branch * width", "source = length + (branch - 1) * width", {},
+    ),
+    "keys that stay where they are": (JacobiCache, "take_branches", "if branch == 0 or", "if True or", {}),
+    "one key too few": (JacobiCache, "take_branches", "(branches, counts,", "(branches, [c - 1 for c in counts],", {}),
+    "logits of another branch": (Branches, "choose_", "return logits[pick], scores[pick]", "return logits[:, 0], scores[:, 0]", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", MUTANTS)
+def test_equality_finds(mistake, monkeypatch):
+    owner, name, right, wrong, fixed = MUTANTS[mistake]
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(right) == 1
+    names = dict(vars(sys.modules[owner.__module__] if inspect.isclass(owner) else owner))
+    exec(compile("from __future__ import annotations\n" + source.replace(right, wrong), "mutant", "exec"), names)
+    fixed = dict(candidates=3, backend="torch", draft="context", adaptive=False, max_new_tokens=14) | fixed
+    hold_once(10, **fixed)
+    monkeypatch.setattr(owner, name, names[name])
     with pytest.raises(AssertionError):
-        hold(10, backend="torch")
+        hold(10, **fixed)

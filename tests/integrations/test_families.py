@@ -5,16 +5,19 @@ As a script it writes the table of them: ``PYTHONPATH=tests python tests/integra
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 import transformers
 from families import EXACT, FAMILIES, NATIVE, make_family
-from helpers import make_prompts
+from helpers import Planted, make_prompts
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends
+from cllm_kernels.decoding import loop
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 HEAD = ["| family | configuration | special | attention | result |", "|---|---|---|---|---|"]
@@ -36,10 +39,15 @@ def decodes(name: str) -> str:
         inputs = make_prompts(rows)
         expected = model.generate(**inputs, **GREEDY)
         assert len(expected[:, 12:].unique()) > 4 * rows, "outputs that repeat themselves show little"
-        for mode, backend in [*(("window", backend) for backend in BACKENDS), ("block", "auto")]:
-            generator = JacobiGenerator(model, JacobiConfig(block_size=6, mode=mode, backend=backend))
-            assert torch.equal(generator.generate(**inputs, **GREEDY), expected), (rows, mode, backend)
+        configs = [JacobiConfig(block_size=6, backend=backend) for backend in BACKENDS]
+        configs += [JacobiConfig(block_size=6, mode="block"), JacobiConfig(block_size=6, candidates=3)]
+        for config in configs:
+            generator = JacobiGenerator(model, config)
+            planted = functools.partial(Planted, expected=expected[:, 12:].tolist(), seed=rows)
+            with mock.patch.object(loop, "LookupDrafts", planted):
+                assert torch.equal(generator.generate(**inputs, **GREEDY), expected), (rows, config)
             assert generator.statistics.attention == attention
+            assert config.candidates == 1 or sum(generator.statistics.chosen[1:]) > rows
     return f"| {name} | `{class_name}` | {special} | {attention} | exact |"
 
 

@@ -8,6 +8,8 @@ from helpers import EOS, VOCABULARY, make_model, make_prompts
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteriaList
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels.decoding import Processing
+from cllm_kernels.ops import JacobiState
 
 MODEL = make_model("llama", seed=4)
 MODEL.requires_grad_(False)
@@ -89,6 +91,26 @@ def test_processors_work_where_drafts_are_right():
     generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6))
     assert torch.equal(generator.generate(**inputs, **options), MODEL.generate(**inputs, **options))
     assert generator.statistics.processor_calls < 30 * 6
+
+
+def test_rows_of_different_lengths_are_processed_once():
+    """Each call gets the whole batch as the model scored it, each row at its own length once."""
+    prompt = torch.randint(3, VOCABULARY, (3, 5))
+    state = JacobiState.create(prompt, limits=9, block_size=4)
+    state.produced.copy_(torch.tensor([0, 2, 0]))
+    logits = torch.randn(3, 4, VOCABULARY)
+    seen = []
+
+    class Narrow(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            assert scores.isfinite().all()
+            seen.append(input_ids.shape[1])
+            return scores.masked_fill(torch.arange(VOCABULARY) != input_ids[:, -1:], -torch.inf)
+
+    scores = Processing([Narrow()], prompt, sampling=True)(logits, state)
+    assert seen == [5, 7, 6, 8, 7, 9, 8, 10]
+    assert (scores.isfinite().sum(-1) == 1).all()
+    assert torch.equal(scores.argmax(-1)[:, 1:], state.window[:, 1:])
 
 
 def test_stateful_processors_see_every_token_once_and_in_order():

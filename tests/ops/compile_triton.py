@@ -56,7 +56,7 @@ def source(kernel, element, constants):
 def attention(dim, element, config, **options):
     pad = configs.padded_dim(dim)
     constants = dict(GROUP=4, DIM=dim, VALUE_DIM=dim, PAD=pad, VALUE_PAD=pad, ROWS=config.block_rows,
-                     KEYS=config.block_keys, MASKED_KEYS=configs.masked_keys(config), SPLITS=64, WINDOWED=False, SOFTCAP=False, SINKS=False) | options  # fmt: skip
+                     KEYS=config.block_keys, MASKED_KEYS=configs.masked_keys(config), SPLITS=64, WINDOWED=False, BRANCHED=False, SOFTCAP=False, SINKS=False) | options  # fmt: skip
     return block_attention._attend, element, constants, config.warps, config.stages
 
 
@@ -68,8 +68,8 @@ def cases():
     for dim in (64, 80, 96, 128, 256):
         for element, dtype in ELEMENTS.items():
             config = configs.attention_config(dim, dim, dtype, 64)
-            everything = dict(SPLITS=1, WINDOWED=True, SOFTCAP=True, SINKS=True)
-            yield f"attend D={dim} {element} window, cap, sinks", *attention(dim, element, config, **everything), False
+            everything = dict(SPLITS=1, WINDOWED=True, BRANCHED=True, SOFTCAP=True, SINKS=True)
+            yield f"attend D={dim} {element} window, branches, cap, sinks", *attention(dim, element, config, **everything), False
         pad = configs.padded_dim(dim)
         for splits in (4, 64):
             constants = dict(GROUP=7, VALUE_DIM=dim, VALUE_PAD=pad, ROWS=configs.merge_rows(splits, pad, 112),

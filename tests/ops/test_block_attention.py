@@ -125,6 +125,79 @@ def test_sinks(length, softcap, dtype, backend):
     torch.testing.assert_close(got_lse.double(), lse, rtol=1e-6, atol=ATOL)
 
 
+def apart(arguments, branch, attend):
+    """What `attend` gives for each branch alone, whose rows stand right behind the shared ones."""
+    query, keys, values, lengths, starts = arguments
+    outs, sums = [], []
+    for first in range(0, query.size(1), branch):
+        own = [cache.clone() for cache in (keys, values)]
+        for cache, whole in zip(own, (keys, values)):
+            for row, length in enumerate(lengths.tolist()):
+                cache[row, :, length : length + branch] = whole[row, :, length + first : length + first + branch]
+                cache[row, :, length + branch :] = math.nan
+        out, lse = attend(query[:, first : first + branch], *own, lengths, starts)
+        outs.append(out)
+        sums.append(lse)
+    return torch.cat(outs, 1), torch.cat(sums, 2)
+
+
+@functools.lru_cache(maxsize=1)
+def expected_branches(heads, width, branch, length, options, dtype):
+    arguments = make(heads, 2, width, [length, length // 3], starts=[0, length // 5], dtype=dtype)
+    options = dict(options)
+    out, lse = apart(arguments, branch, lambda *a: reference(*a, dtype=torch.float64, **options))
+    rounded, _ = apart(arguments, branch, lambda *a: (naive(*a, **options), lse[:, :, :branch]))
+    return arguments, out, lse, (rounded.double() - out).abs().max().item()
+
+
+@pytest.mark.parametrize("branches", [(2, 1), (5, 3), (2, 16), (4, 9)], ids="{0[0]}x{0[1]}".format)
+@pytest.mark.parametrize("group", [1, 4, 7])
+@pytest.mark.parametrize("length", [0, 1, 63, 1300])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sliding_window": 2}, {"sliding_window": 12, "softcap": 3.0}, {"sliding_window": 100}],
+    ids=["plain", "window-2", "window-12-cap", "window-100"],
+)
+def test_branches_are_windows_on_one_cache(options, length, group, branches, dtype, backend):
+    if backend == "triton" and length == 1300 and (group > 1 or options):
+        pytest.skip("the interpreter is slow")
+    count, branch = branches
+    arguments, out, lse, error = expected_branches(
+        2 * group, count * branch, branch, length, tuple(options.items()), dtype
+    )
+    got_out, got_lse = block_attention(*arguments, branch=branch, backend=backend, **options)
+    assert (got_out.double() - out).abs().max().item() <= 2 * error + ATOL
+    assert torch.equal(got_lse.isinf(), lse.isinf())
+    torch.testing.assert_close(got_lse.double(), lse, rtol=1e-6, atol=ATOL)
+
+
+@pytest.mark.parametrize("window", [0, 4])
+@pytest.mark.parametrize("length", [3, 700])
+def test_branches_do_not_see_each_other(length, window, dtype, backend):
+    """Not even what is not finite, on either side; what they share they all see."""
+    sinks = torch.tensor([1.0, 0.0, -2.0, 3.0])
+    query, keys, values, lengths, starts = make(4, 2, 15, [length, 2], dtype=dtype)
+
+    def attend():
+        return block_attention(
+            query, keys, values, lengths, starts, sliding_window=window, sinks=sinks, branch=5, backend=backend
+        )
+
+    clean, clean_lse = attend()
+    for row, first in enumerate(lengths.tolist()):
+        for cache in (keys, values):
+            cache[row, :, first + 5 : first + 10] = math.nan
+    out, lse = attend()
+    others = [0, 1, 2, 3, 4, 10, 11, 12, 13, 14]
+    assert torch.equal(out[:, others], clean[:, others]) and torch.equal(lse[:, :, others], clean_lse[:, :, others])
+    assert out[:, 5:10].isnan().all()
+    values[0, :, length - 1] = math.inf
+    out, _ = attend()
+    seen = [i for i in others if not window or i % 5 < window - 1]
+    assert not out[0, seen].isfinite().any()
+    assert torch.equal(out[0, [i for i in others if i not in seen]], clean[0, [i for i in others if i not in seen]])
+
+
 @pytest.mark.parametrize("group", [1, 3, 40, 200])
 @pytest.mark.parametrize("window", [0, 50])
 def test_prompt(window, group, dtype, backend):
@@ -274,11 +347,11 @@ def test_empty_batch(dtype, backend):
     assert out.shape == (0, 4, 2, 32) and lse.shape == (0, 2, 4)
 
 
-@pytest.mark.parametrize("sinks", [None, torch.randn(4)], ids=["plain", "sinks"])
-def test_opcheck(sinks, dtype, backend):
-    arguments = make(4, 2, 3, [7, 2], spare=0, dtype=dtype)
+@pytest.mark.parametrize(("sinks", "branch"), [(None, 0), (torch.randn(4), 2)], ids=["plain", "sinks"])
+def test_opcheck(sinks, branch, dtype, backend):
+    arguments = make(4, 2, 4, [7, 2], spare=0, dtype=dtype)
     torch.library.opcheck(
-        torch.ops.cllm_kernels.block_attention.default, (*arguments, None, 4, 2.0, sinks, backend)
+        torch.ops.cllm_kernels.block_attention.default, (*arguments, None, 4, 2.0, sinks, branch, backend)
     )
 
 
@@ -309,6 +382,8 @@ BAD = {
     "sliding_window is -1": lambda a: {"sliding_window": -1},
     "softcap is -1.0": lambda a: {"softcap": -1.0},
     "softcap is nan": lambda a: {"softcap": math.nan},
+    "branch is 2; .* divide the n = 3": lambda a: {"branch": 2},
+    "branch is -3": lambda a: {"branch": -3},
     "sinks has shape": lambda a: {"sinks": torch.zeros(3)},
     "sinks has dtype torch.int64": lambda a: {"sinks": torch.zeros(4, dtype=torch.int64)},
     "backend is 'fast'": lambda a: {"backend": "fast"},

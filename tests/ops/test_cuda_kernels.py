@@ -9,7 +9,7 @@ from pathlib import Path
 import emulated_cuda
 import pytest
 import torch
-from test_block_attention import ATOL, check, make, reference
+from test_block_attention import ATOL, check, expected_branches, make, reference
 
 from cllm_kernels import backends
 from cllm_kernels.ops import append_kv_, block_attention
@@ -34,6 +34,20 @@ def test_tiles(dtype, options, width, dims):
     assert backends.CUDA.attention_workspace(1, width, 6, 2, 700 + width + 5, *dims)[0] > 0
     check("cuda", options, heads=6, kv_heads=2, width=width, lengths=[700, 333], starts=[0, 100], dim=dims[0],
           value_dim=dims[1], dtype=dtype)  # fmt: skip
+
+
+@pytest.mark.parametrize("group", [1, 5])
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 5}], ids=["plain", "window"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_branches_in_each_tile(dtype, options, group):
+    """Of 16, 32 and 64 rows, over several splits and several tiles."""
+    for count, branch in ((3, 1), (2, 8), (6, 4), (3, 13)):
+        arguments, out, lse, error = expected_branches(
+            2 * group, count * branch, branch, 700, tuple(options.items()), dtype
+        )
+        got, got_lse = block_attention(*arguments, branch=branch, backend="cuda", **options)
+        assert (got.double() - out).abs().max().item() <= 2 * error + ATOL
+        torch.testing.assert_close(got_lse.double(), lse, rtol=1e-6, atol=ATOL)
 
 
 @pytest.mark.parametrize("capacity", [40, 700, 9000])

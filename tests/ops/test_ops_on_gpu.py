@@ -9,7 +9,7 @@ import os
 import pytest
 import torch
 from test_append_kv import make_angles
-from test_block_attention import ATOL, DTYPES, check_far_rows, expected, make, reference
+from test_block_attention import ATOL, DTYPES, check_far_rows, expected, expected_branches, make, reference
 from test_converge import agreeable_logits, assert_state, oracle, random_state
 from test_lm_head_argmax import ROUNDED, integers, wanted
 
@@ -71,6 +71,18 @@ def check(kernel, options=None, **case):
     finally:
         if ON_GPU:
             torch.cuda.set_sync_debug_mode("default")
+    assert (got_out.cpu().double() - out).abs().max().item() <= 2 * error + ATOL
+    torch.testing.assert_close(got_lse.cpu().double(), lse, rtol=1e-5, atol=2 * ATOL)
+
+
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 12, "softcap": 3.0}], ids=["plain", "window-cap"])
+@pytest.mark.parametrize("length", [1, 1300])
+@pytest.mark.parametrize("group", [1, 7])
+def test_branches(kernel, group, length, options):
+    backend, dtype = kernel
+    arguments, out, lse, error = expected_branches(2 * group, 36, 9, length, tuple(options.items()), dtype)
+    on_gpu = [tensor.to(DEVICE) for tensor in arguments]
+    got_out, got_lse = block_attention(*on_gpu, branch=9, backend=backend, **options)
     assert (got_out.cpu().double() - out).abs().max().item() <= 2 * error + ATOL
     torch.testing.assert_close(got_lse.cpu().double(), lse, rtol=1e-5, atol=2 * ATOL)
 
