@@ -1,4 +1,4 @@
-"""Draws what test_kernels.py measured.
+"""Draws what test_kernels.py measured; `draw_steps` draws what steps.py did.
 
     python benchmarks/plot.py benchmarks/results/kernels_cpu.json
 
@@ -47,6 +47,46 @@ def draw(path, panels, x, title):
     figure.tight_layout(rect=(0, 0.04 + 0.06 / rows, 1, 1))
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def draw_steps(source):
+    """Draws what steps.py wrote: for each shape a step over n at its shortest cache, and over L. Returns the path."""
+    rows = json.loads(Path(source).read_text())
+    shapes = list(dict.fromkeys((row["shape"], row["batch"]) for row in rows))
+    figure, axes = plt.subplots(2, len(shapes), figsize=(4.6 * len(shapes), 7.4), squeeze=False)
+    for column, (shape, batch) in enumerate(shapes):
+        here = [row for row in rows if (row["shape"], row["batch"]) == (shape, batch)]
+        over_n, over_length = axes[:, column]
+        shortest = min(row["cache_length"] for row in here)
+        for row in here:
+            if row["method"].startswith("hf") and row["cache_length"] == shortest:
+                style = ":" if row["method"] == "hf_eager" else "-."
+                over_n.axhline(row["ms"], label=f"{row['method']}, one token", linestyle=style, color="gray")
+        for method in dict.fromkeys(row["method"] for row in here if row["method"].startswith("ours")):
+            ours = [row for row in here if row["method"] == method]
+            points = sorted((row["block_size"], row["ms"]) for row in ours if row["cache_length"] == shortest)
+            over_n.plot(*zip(*points), marker="o", markersize=3, label=method)
+        ours = [row for row in here if row["method"] in ("ours", "ours_graph")]
+        points = sorted((row["block_size"], row["floor_ms"]) for row in ours if row["cache_length"] == shortest)
+        over_n.plot(*zip(*points), color="black", linestyle="--", label="floor: memory or arithmetic")
+        over_n.set(title=f"{shape}, batch {batch}, L = {shortest}", xlabel="window width n")
+        for index, width in enumerate(sorted({row["block_size"] for row in ours})):
+            for key, style in (("ms", "o-"), ("floor_ms", "--")):
+                points = sorted((row["cache_length"], row[key]) for row in ours if row["block_size"] == width)
+                label = f"n = {width}" if key == "ms" else None
+                over_length.plot(*zip(*points), style, markersize=3, color=f"C{index}", label=label)
+        over_length.set(title=f"{shape}, batch {batch}; dashed: floors", xlabel="cached tokens L")
+        for axis in (over_n, over_length):
+            axis.set(xscale="log", yscale="log", ylabel="ms a step")
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=7)
+    first = rows[0]
+    figure.suptitle(f"{first['dtype']}, {first['device']}, {first['threads']} threads, medians")
+    figure.tight_layout()
+    path = Path(source).with_suffix(".png")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+    return path
 
 
 def main(source):

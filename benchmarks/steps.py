@@ -9,8 +9,14 @@ torch.compile (at the first length alone), ours with one token and with windows.
 steps whose status is read a graph late (ours_graph; with the compiled forward, at the first length and for the widths
 --compiled-width, ours_compiled_graph), launched one by one for the widths --eager-width; and the gap is the share of a
 step in which the device idles: kernels' times are those of torch's profiler, the step's time was taken without it.
+On the CPU, --fusions adds what each of our kernels gives: ours with torch's linear layers, with window_linear alone (the
+decoder layers not fused), and with lm_head_argmax in place of logits (without converge_, which takes these).
 The floor is the time in which a copy would read the weights and
 the cache once, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
+
+    python benchmarks/steps.py --plot benchmarks/results/steps_cpu_fp32.json
+
+draws such a file: a step over n and over L beside the floor.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -30,6 +37,7 @@ import torch
 import transformers
 import typer
 from measure import bandwidth, rate
+from plot import draw_steps
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
@@ -39,8 +47,8 @@ from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import JacobiCache, Processing, Session
 from cllm_kernels.decoding.session import Poll, capture, make_step, on_graph_stream
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.ops import JacobiState, lm_head_argmax
 from cllm_kernels.ops.block_attention import cuda_refusal
-from cllm_kernels.ops import JacobiState
 
 _LONG = 1 << 18
 SHAPES = {
@@ -73,40 +81,42 @@ def random_model(shape: str, dtype: torch.dtype, device: torch.device):
         return AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype).eval()
 
 
-def fill(cache, model, length: int, dtype: torch.dtype, device: torch.device) -> None:
+def fill(cache, model, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
     """Random keys and values at the first `length` rows of every layer."""
     config = model.config
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for layer in range(config.num_hidden_layers):
-        states = torch.randn(2, 1, config.num_key_value_heads, length, dim, dtype=dtype, device=device)
+        states = torch.randn(2, batch, config.num_key_value_heads, length, dim, dtype=dtype, device=device)
         cache.update(states[0], states[1], layer)
 
 
-def hf_step(model, cache, forward, length: int, device: torch.device):
+def hf_step(cache, forward, batch: int, length: int, device: torch.device):
     """What generate does for a token, but for its bookkeeping: forward, float32 logits, argmax, a look at the token."""
-    token = torch.ones(1, 1, dtype=torch.int64, device=device)
+    token = torch.ones(batch, 1, dtype=torch.int64, device=device)
     at = length
 
     def step():
         nonlocal at
-        positions = torch.full((1, 1), at, device=device)
+        positions = torch.full((batch, 1), at, device=device)
         logits = forward(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits
         token.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
         at += 1
-        token.item()
+        token.tolist()
 
     return step
 
 
-def our_session(model, call, shared: JacobiCache | None, length: int, width: int, room: int, device: torch.device) -> Session:
+def our_session(
+    model, call, shared: JacobiCache | None, batch: int, length: int, width: int, room: int, device: torch.device
+) -> Session:
     """call: the model, or what torch.compile made of it; shared: a cache whose keys and values serve this session too."""
-    bounds = torch.zeros(2, 1, dtype=torch.int32, device=device)
-    prompt = torch.randint(0, model.config.vocab_size, (1, 64), device=device)
+    bounds = torch.zeros(2, batch, dtype=torch.int32, device=device)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, 64), device=device)
     state = JacobiState.create(prompt, limits=room, block_size=width)
     state.lengths.set_(bounds[0])
     cache = JacobiCache(bounds[0], length + room + width if shared is None else shared.capacity)
     if shared is None:
-        fill(cache, model, length, model.dtype, device)  # what it makes for `length` rows holds its whole capacity
+        fill(cache, model, batch, length, model.dtype, device)  # what it makes for `length` rows holds its whole capacity
     else:
         cache._buffers = shared._buffers
     bounds[0] = length
@@ -200,23 +210,53 @@ def weight_count(model) -> int:
     return weights
 
 
-def floor_seconds(model, length: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
+def floor_seconds(model, batch: int, length: int, width: int, dtype: torch.dtype, device: torch.device) -> float:
     config = model.config
     weights = weight_count(model)
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = 2 * config.num_hidden_layers * config.num_key_value_heads * length * dim
-    flops = 2 * width * weights + 4 * width * config.num_hidden_layers * config.num_attention_heads * length * dim
+    keys = 2 * batch * config.num_hidden_layers * config.num_key_value_heads * length * dim
+    flops = 2 * batch * width * weights + 4 * batch * width * config.num_hidden_layers * config.num_attention_heads * length * dim
     threads = torch.get_num_threads()
     arithmetic = rate(dtype if device.type == "cuda" else torch.float32, threads)
     return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
 
 
+@contextlib.contextmanager
+def linears_alone(model, backend: str):
+    """`optimize` but for the fused decoder layers."""
+    with optimize(model, backend) as done:
+        for name in done.layers:
+            del model.get_submodule(name).__dict__["forward"]
+        yield
+
+
+# What turns off some of our kernels, by name.
+FUSIONS = {
+    "ours, torch's linears": lambda model, backend: contextlib.nullcontext(),
+    "ours, window_linear": linears_alone,
+}
+
+
+def prediction_way(model, session: Session, width: int, setup) -> Way:
+    """A forward that ends in predictions instead of logits."""
+    weight = model.get_output_embeddings().weight
+
+    def predict() -> None:
+        outputs = model.get_decoder()(
+            input_ids=session.state.window, attention_mask=as_mask(session.bounds), past_key_values=session.cache,
+            position_ids=session.window_positions(width), use_cache=True,
+        )  # fmt: skip
+        lm_head_argmax(outputs.last_hidden_state, weight)[0].tolist()
+
+    return Way(predict, setup)
+
+
 def our_way(name: str, session: Session, width: int, backend: str, setup) -> Way:
-    """Our step of a session, by itself for the name "ours", else as graphs."""
+    """Our step of a session, by itself for a name that begins with "ours" and has no graph, else as graphs."""
     config = JacobiConfig(draft="none" if width == 1 else "context", block_size=max(2, width))
     step = make_step(session, config, Processing([], torch.zeros(1, 1), False), backend)
     restore = functools.partial(session.state.copy_, session.state.clone())
-    if name == "ours":
+    if "graph" not in name:
 
         def eager() -> None:
             step()
@@ -231,8 +271,8 @@ def our_way(name: str, session: Session, width: int, backend: str, setup) -> Way
 
 
 def measure(
-    shape: str, dtype: torch.dtype, device: torch.device, widths, lengths, repeats: int, compiled: bool, eager_widths,
-    compiled_widths, done
+    shape: str, dtype: torch.dtype, device: torch.device, batch: int, widths, lengths, repeats: int, compiled: bool,
+    eager_widths, compiled_widths, fusions: bool, done
 ):  # fmt: skip
     """Rows of one shape; `done` gets those of a cache length when they are there."""
     rows = []
@@ -249,32 +289,37 @@ def measure(
         ways = {}  # by name and width
 
         @contextlib.contextmanager
-        def ours_enabled():
-            with block_attention_enabled(model, "auto" if on_gpu else backend), optimize(model, backend):
+        def ours_enabled(kernels=optimize):
+            with block_attention_enabled(model, "auto" if on_gpu else backend), kernels(model, backend):
                 yield
 
         with torch.inference_mode():
             cache = DynamicCache(config=model.config)
-            fill(cache, model, length, dtype, device)
-            ways["hf_eager", 1] = Way(hf_step(model, cache, model, length, device))
+            fill(cache, model, batch, length, dtype, device)
+            ways["hf_eager", 1] = Way(hf_step(cache, model, batch, length, device))
             if compiled and length == lengths[0]:  # compiling takes minutes
                 static = StaticCache(config=model.config, max_cache_len=length + room)
-                fill(static, model, length, dtype, device)
+                fill(static, model, batch, length, dtype, device)
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
-                ways["hf_compiled", 1] = Way(hf_step(model, static, call, length, device))
+                ways["hf_compiled", 1] = Way(hf_step(static, call, batch, length, device))
             shared = None
             for width in sorted(widths, reverse=True):  # the widest has room for all
                 if not on_gpu or width in eager_widths:
-                    session = our_session(model, model, shared, length, width, room, device)
+                    session = our_session(model, model, shared, batch, length, width, room, device)
                     shared = shared or session.cache
                     ways["ours", width] = our_way("ours", session, width, backend, ours_enabled)
+                    for name, kernels in FUSIONS.items() if fusions else ():
+                        setup = functools.partial(ours_enabled, kernels)
+                        ways[name, width] = our_way(name, session, width, backend, setup)
+                    if fusions:
+                        ways["ours, lm_head_argmax", width] = prediction_way(model, session, width, ours_enabled)
                 if on_gpu:
-                    session = our_session(model, model, shared, length, width, room, device)
+                    session = our_session(model, model, shared, batch, length, width, room, device)
                     shared = shared or session.cache
                     ways["ours_graph", width] = our_way("ours_graph", session, width, backend, ours_enabled)
             for width in compiled_widths if on_gpu and length == lengths[0] else ():
                 call = torch.compile(model, dynamic=False)
-                session = our_session(model, call, shared, length, width, room, device)
+                session = our_session(model, call, shared, batch, length, width, room, device)
                 name = "ours_compiled_graph"
                 ways[name, width] = our_way(name, session, width, backend, ours_enabled)
             times = {name: [] for name in ways}
@@ -304,11 +349,11 @@ def measure(
             median = statistics.median(values)
             same = [method] if method.startswith("ours") else []
             one = next((times[name, 1] for name in (*same, "ours_graph", "ours") if (name, 1) in times), None)
-            floor = floor_seconds(model, length, width, dtype, device)
+            floor = floor_seconds(model, batch, length, width, dtype, device)
             quartiles = statistics.quantiles(values, n=4)
             part.append(
                 {
-                    "shape": shape, "method": method, "block_size": width, "cache_length": length,
+                    "shape": shape, "method": method, "batch": batch, "block_size": width, "cache_length": length,
                     "ms": 1e3 * median, "ms_quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
                     "over_hf_eager": base / median, "floor_ms": 1e3 * floor, "of_floor": floor / median,
                     "weights_ms": 1e3 * weights, "over_weights": median / weights,
@@ -326,7 +371,8 @@ def measure(
 
 
 def main(
-    shape: Annotated[list[str], typer.Option(help=", ".join(SHAPES))],
+    shape: Annotated[list[str], typer.Option(help=", ".join(SHAPES))] = (),
+    batch: Annotated[list[int], typer.Option(min=1, help="Rows, each with a window.")] = (1,),
     width: Annotated[list[int], typer.Option(min=1)] = (1, 2, 4, 8, 16, 32, 64, 128),
     length: Annotated[list[int], typer.Option(min=1)] = (128, 1024),
     dtype: str = "float32",
@@ -336,8 +382,16 @@ def main(
     compiled: bool = True,
     eager_width: Annotated[list[int], typer.Option(min=1)] = (1, 16),
     compiled_width: Annotated[list[int], typer.Option(min=1)] = (),
+    fusions: Annotated[bool, typer.Option(help="Ours without some of its kernels too; on the CPU.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Measures nothing, draws this file of --json.")] = None,
 ) -> None:
+    if plot:
+        return print(draw_steps(plot))
+    if not shape:
+        raise typer.BadParameter("name a --shape, or a file to --plot")
+    if fusions and device != "cpu":
+        raise typer.BadParameter("--fusions compares kernels for the CPU")
     if threads:
         torch.set_num_threads(threads)
     rows = []
@@ -347,17 +401,17 @@ def main(
         if json_path:  # whatever happens to the rest
             json_path.write_text(json.dumps(rows, indent=1) + "\n")
 
-    for name in shape:
+    for name, rows_of_batch in itertools.product(shape, batch):
         measure(
-            name, getattr(torch, dtype), torch.device(device), width, length, repeats, compiled, eager_width,
-            compiled_width, done,
+            name, getattr(torch, dtype), torch.device(device), rows_of_batch, width, length, repeats, compiled,
+            eager_width, compiled_width, fusions, done,
         )  # fmt: skip
     table = Table(title=f"ms a step, {dtype}, {rows[0]['device']}, {rows[0]['threads']} threads, medians of {repeats}")
-    for heading in ("shape", "method", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor", "gap"):
+    for heading in ("shape", "method", "batch", "n", "L", "ms", "quartiles", "over hf_eager", "over ours n = 1", "of the floor", "gap"):
         table.add_column(heading, justify="left" if heading in ("shape", "method") else "right")
     for row in rows:
         table.add_row(
-            row["shape"], row["method"], str(row["block_size"]), str(row["cache_length"]), f"{row['ms']:.2f}",
+            row["shape"], row["method"], str(row["batch"]), str(row["block_size"]), str(row["cache_length"]), f"{row['ms']:.2f}",
             "-".join(f"{value:.2f}" for value in row["ms_quartiles"]), f"{row['over_hf_eager']:.2f}x",
             "" if row["over_ours_1"] is None else f"{row['over_ours_1']:.2f}", f"{row['of_floor']:.0%}",
             "" if row["host_gap"] is None else f"{row['host_gap']:.0%}",

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from measure import BACKEND, DEVICE, ON_GPU, compare
 
 from cllm_kernels import backends
-from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax
+from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax, window_linear
 from cllm_kernels.ops.block_attention import cuda_refusal
 from cllm_kernels.ops.append_kv import rotate
 
@@ -199,28 +199,35 @@ def test_append_kv_with_rope(benchmark, report, dtype, shape):
         )
 
 
-# (V, H) of Llama-3-8B, Qwen2.5-7B and Llama-2-7B.
-HEADS = {"128256x4096": (128_256, 4096), "152064x3584": (152_064, 3584), "32000x4096": (32_000, 4096)}
+# (V, H) of Llama-3-8B, Qwen2.5-7B and Llama-2-7B; on the CPU of Qwen2.5-0.5B and the bundled model.
+if ON_GPU:
+    HEADS = {"128256x4096": (128_256, 4096), "152064x3584": (152_064, 3584), "32000x4096": (32_000, 4096)}
+else:
+    HEADS = {"151936x896": (151_936, 896), "1024x256": (1024, 256)}
 
 
-@pytest.mark.skipif(not ON_GPU, reason="lm_head_argmax has no kernel for the CPU; there is no GPU")
 @pytest.mark.parametrize("width", [1, 8, 16, 32, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("head", HEADS)
-def test_lm_head_argmax(benchmark, report, head, width):
+def test_lm_head_argmax(benchmark, report, head, dtype, width):
     vocabulary, size = HEADS[head]
-    make = functools.partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
+    make = functools.partial(torch.randn, device=DEVICE, dtype=DTYPES[dtype])
     hidden, weight = make(1, width, size), make(vocabulary, size)
+    backend = "triton" if ON_GPU else "cpp"
+    alternatives = {
+        "linear, argmax": lambda: F.linear(hidden, weight).argmax(-1),
+        "linear alone": lambda: F.linear(hidden, weight),
+    }
+    if not ON_GPU:
+        alternatives["window_linear, argmax"] = lambda: window_linear(hidden, weight).argmax(-1)
     with torch.inference_mode():
         compare(
             benchmark,
             report,
-            lambda: lm_head_argmax(hidden, weight, backend="triton"),
-            {
-                "linear, argmax": lambda: F.linear(hidden, weight).argmax(-1),
-                "linear alone": lambda: F.linear(hidden, weight),
-            },
+            lambda: lm_head_argmax(hidden, weight, backend=backend),
+            alternatives,
             flops=2 * width * vocabulary * size,
             nbytes=weight.nbytes + hidden.nbytes,
             dtype=hidden.dtype,
-            backend="triton",
+            backend=backend,
         )

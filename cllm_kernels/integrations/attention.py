@@ -117,11 +117,22 @@ def _register(backend: str) -> str:
     return name
 
 
+def submodules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """``model.modules()``, at a fraction of its time; in another order."""
+    seen, waiting = set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in seen:
+            seen.add(id(module))
+            yield module
+            waiting.extend(module.__dict__["_modules"].values())
+
+
 @contextlib.contextmanager
 def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[None]:
     """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it."""
     configs = {
-        id(module.config): module.config for module in model.modules() if isinstance(module, PreTrainedModel)
+        id(module.config): module.config for module in submodules(model) if isinstance(module, PreTrainedModel)
     }
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     name = _register(backend)

@@ -38,7 +38,7 @@ from ..decoding import (
 from ..decoding.session import may_capture, runs_on_device
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
-from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask
+from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask, submodules
 from .optimize import optimize as optimized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -336,7 +336,8 @@ class _Generate:
             return type(self.owner).generate(self.owner, inputs, *args, **kwargs)
         if decoding != "jacobi":
             raise ValueError(f"decoding is {decoding!r}; it must be 'jacobi', 'ar' or None")
-        names = list(inspect.signature(type(self.generator.causal_lm).generate).parameters)[2:]
+        # a look at the signature takes longer than a small model's layer
+        names = list(inspect.signature(type(self.generator.causal_lm).generate).parameters)[2:] if args else ()
         return self.generator.generate(inputs, **dict(zip(names, args, strict=False)), **kwargs)
 
 
@@ -629,7 +630,7 @@ def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | Non
 
 @contextlib.contextmanager
 def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
+    training = [module for module in submodules(model) if module.training]
     if training:  # eval() walks all modules too
         model.eval()
     try:

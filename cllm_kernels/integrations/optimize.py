@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,8 +15,8 @@ from transformers.activations import ACT2FN
 from ..backends import resolve
 from ..decoding import JacobiCache
 from ..ops import block_attention, window_linear, window_mlp, window_qkv
-from ..ops.window_linear import DTYPES, ROWS
-from .attention import from_mask
+from ..ops.window_linear import DTYPES, LAYER_ROWS, fast_rows
+from .attention import from_mask, submodules
 
 # Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
 # each keeps its sliding window.
@@ -58,27 +59,71 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     Yields:
         what was swapped and what was left alone.
     """
-    linears: dict[str, nn.Module] = {}
-    layers: dict[str, nn.Module] = {}
-    left: dict[str, str] = {}
+    plan = _plan(model, backend)
     try:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                reason, swapped, make = _linear_reason(module, backend), linears, _swapped_linear
-            elif type(module).__name__.endswith("DecoderLayer"):
-                reason, swapped, make = _layer_reason(module, backend), layers, _swapped_layer
-            else:
-                continue
-            if reason is None:
+        for make, modules in ((_swapped_linear, plan.linears), (_swapped_layer, plan.layers)):
+            for module in modules.values():
                 # not by setattr, which would look for parameters and submodules
                 module.__dict__["forward"] = make(module)
-                swapped[name] = module
-            else:
-                left[name] = reason
-        yield Optimized(tuple(linears), tuple(layers), left)
+        yield Optimized(tuple(plan.linears), tuple(plan.layers), dict(plan.left))
     finally:
-        for module in (*linears.values(), *layers.values()):
+        for module in (*plan.linears.values(), *plan.layers.values()):
             module.__dict__.pop("forward", None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What can be swapped in a model, by name, and why the rest cannot, while `facts` hold."""
+
+    facts: list
+    linears: dict[str, nn.Module]
+    layers: dict[str, nn.Module]
+    left: dict[str, str]
+
+
+# Plans hold modules inside a model, so their ids in `facts` cannot pass to others; the model itself they must not hold.
+_plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+
+
+def _plan(model: nn.Module, backend: str) -> _Plan:
+    """The plan for a model as it is now, which a look at every module is much faster for than making it."""
+    facts = _facts(model, backend)
+    plan = _plans.get(model)
+    if plan is not None and plan.facts == facts:
+        return plan
+    plan = _Plan(facts, {}, {}, {})
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            reason, swapped = _linear_reason(module, backend), plan.linears
+        elif type(module).__name__.endswith("DecoderLayer"):
+            reason, swapped = _layer_reason(module, backend), plan.layers
+        else:
+            continue
+        if reason is None:
+            swapped[name] = module
+        else:
+            plan.left[name] = reason
+    if model not in (*plan.linears.values(), *plan.layers.values()):
+        _plans[model] = plan
+    return plan
+
+
+def _facts(model: nn.Module, backend: str) -> list:
+    """Everything that a plan depends on: modules, their places, classes, hooks, forwards, and what parameters are."""
+    facts: list = [backend]
+    for module in submodules(model):
+        own = module.__dict__
+        hooks = bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+        facts.append((id(module), type(module), "forward" in own, hooks))
+        facts.extend((name, id(child)) for name, child in own["_modules"].items())
+        for name, tensor in own["_parameters"].items():
+            if type(tensor) is nn.Parameter:
+                facts.append((name, tensor.dtype, tensor.device, tensor.layout, tensor.stride()))
+            elif tensor is not None:
+                facts.append((name, type(tensor)))
+    if backend == "auto":
+        facts.append(resolve(backend, torch.device("cpu")))  # an environment variable decides
+    return facts
 
 
 def _swapped_linear(module: nn.Linear) -> Callable:
@@ -101,6 +146,8 @@ def _swapped_layer(layer: nn.Module) -> Callable:
     window = _FAMILIES[_family(layer)](attention) or 0
     query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
     gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
+    # what is fused makes up for a somewhat slower kernel
+    rows = min(LAYER_ROWS, 2 * fast_rows(query["weight"].dtype, query["weight"].shape[1]))
 
     def forward(
         hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
@@ -109,7 +156,7 @@ def _swapped_layer(layer: nn.Module) -> Callable:
         if (
             type(past_key_values) is not JacobiCache
             or hidden_states.dtype != query["weight"].dtype
-            or hidden_states.shape[0] * hidden_states.shape[1] > ROWS
+            or hidden_states.shape[0] * hidden_states.shape[1] > rows
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
         ):

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import backends
-from ._library import check_float, check_last_dim, check_rank, check_same, check_shape, register
+from ._library import DTYPE_CODES, check_float, check_last_dim, check_rank, check_same, check_shape, register
+from .window_linear import DTYPES
 
 
 def lm_head_argmax(
@@ -27,7 +28,7 @@ def lm_head_argmax(
     Logits are rounded to that dtype where the unfused path rounds: after the linear layer, whose sums are accumulated
     in float32 (never in TF32) and take the bias before they are rounded, and after each of the operations that follow.
     So what the unfused path makes a tie is a tie here too. The order of a sum is not fixed: two backends may round a
-    logit to neighbouring numbers.
+    logit to neighbouring numbers. Those of "cpp" are the bits of `window_linear`, whatever rows stand beside.
     scale: a factor of the logits, 1 means none (Cohere's logit_scale; Granite divides: give 1 / logits_scaling).
     softcap: c > 0 replaces each logit x by c * tanh(x / c), in three operations, behind the scale (Gemma 2).
 
@@ -35,7 +36,7 @@ def lm_head_argmax(
     as the largest, as in `torch.argmax`: then value is NaN, and index the lowest one whose logit is NaN. -inf is an
     ordinary value. Nothing is mutated. For inference: gradients are not defined.
 
-    Backends are "triton" and "torch", the reference; "auto" takes the reference on the CPU.
+    Backends are "cpp" (float32 and bfloat16), "triton" and "torch", the reference.
 
     Raises ValueError on shapes, dtypes, devices, strides or numbers that do not fit, and RuntimeError on a backend that
     cannot run.
@@ -78,8 +79,24 @@ def _implementation(
     hidden, weight, bias=None, scale=1.0, softcap=0.0, backend="auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     _check(hidden, weight, bias, scale, softcap)
-    if backends.resolve(backend, hidden.device, kernels=("triton",)) == "torch":
+    chosen = backends.resolve(backend, hidden.device, kernels=("cpp", "triton"))
+    if chosen == "cpp" and hidden.dtype not in DTYPES:
+        if backend == "cpp":
+            raise ValueError(f"backend 'cpp' was asked for but it takes no {hidden.dtype}; allowed are float32 and bfloat16")
+        chosen = "torch"
+    if chosen == "torch":
         return reference(hidden, weight, bias, scale, softcap)
+    if chosen == "cpp":
+        hidden = hidden.contiguous()
+        index = hidden.new_empty(hidden.shape[:2], dtype=torch.int64)
+        value = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
+        if index.numel():
+            backends.EXTENSION.lm_head_argmax(
+                hidden.data_ptr(), weight.data_ptr(), weight.stride(0), 0 if bias is None else bias.data_ptr(),
+                scale, softcap, index.data_ptr(), value.data_ptr(),
+                index.numel(), hidden.size(2), weight.size(0), DTYPE_CODES[hidden.dtype], torch.get_num_threads(),
+            )  # fmt: skip
+        return index, value
     from ..triton.lm_head_argmax import lm_head_argmax as run
 
     with torch.cuda.device_of(hidden):  # Triton launches on the current device

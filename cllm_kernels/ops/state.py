@@ -7,6 +7,7 @@ from dataclasses import dataclass, make_dataclass
 
 import torch
 
+from .. import backends
 from ._library import check_device, check_shape
 from .philox import refill_draws
 from .state_fields import FIELDS
@@ -214,6 +215,10 @@ class JacobiState(_Fields):
         self.since.copy_(self.iterations[:, None] + 1)
         if refill == "last":
             self.window[:, 1:] = self.window[:, :1]
+            return
+        if self.device.type == "cpu" and backends.resolve("auto", self.device) == "cpp":
+            pointers = [tensor.data_ptr() for tensor in self.tensors()]
+            backends.EXTENSION.context_drafts(pointers, self.rows, self.width, self.context.size(1))
             return
         tokens = self.produced[:, None] - 1 + torch.arange(self.width, device=self.device)
         drafts = context_drafts(self.context, self.context_start, self.seeds, tokens, torch.zeros_like(self.seeds))

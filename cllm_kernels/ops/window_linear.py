@@ -10,8 +10,17 @@ from ._library import check_last_dim, check_rank, check_same, check_shape, regis
 from .block_attention import DTYPE_CODES
 
 DTYPES = (torch.float32, torch.bfloat16)
-# The widest window for which the C++ kernel is never slower than torch's.
-ROWS = 64
+# Of a whole layer; the C++ kernels hold what stands between its steps for all rows.
+LAYER_ROWS = 512
+
+
+def fast_rows(dtype: torch.dtype, inputs: int) -> int:
+    """How many rows the C++ kernel takes before torch's is the faster one.
+
+    Measured with AVX-512 (benchmarks/test_linear.py). oneDNN packs weights in bfloat16, which pays for many rows, and
+    the earlier the shorter the sums are.
+    """
+    return LAYER_ROWS if dtype == torch.float32 else 128 if inputs >= 512 else 64
 
 
 def window_linear(
@@ -23,9 +32,9 @@ def window_linear(
     [N], all of one dtype (float32, bfloat16). Sums are accumulated in float32 and rounded once. Returns [..., N],
     contiguous.
 
-    In C++, a result depends on its own row of x and on the weights alone: the same row gives the same bits in a window of 1 and in one of
-    64, so that decoding token by token and by windows agree. Above `ROWS` rows, and where the backend is "torch",
-    torch's own linear runs, for which this does not hold.
+    In C++, a result depends on its own row of x and on the weights alone: a row gives the same bits alone and in a
+    window, so that decoding token by token and by windows agree. Above `fast_rows` rows, and where the backend is
+    "torch", torch's own linear runs, for which this does not hold.
 
     With AVX-512 BF16, products of bfloat16 are added in pairs and numbers below float32's normal range count as 0.
 
@@ -51,12 +60,12 @@ def check_dtype(x: torch.Tensor) -> None:
 
 
 def check_rows(x: torch.Tensor) -> None:
-    """x [B, n, H] of an allowed dtype and of 1 to `ROWS` rows."""
+    """x [B, n, H] of an allowed dtype and of 1 to `LAYER_ROWS` rows."""
     check_rank("x", x, "B, n, H")
     check_dtype(x)
     rows = x.size(0) * x.size(1)
-    if not 1 <= rows <= ROWS or x.size(2) < 1:
-        raise ValueError(f"x has shape {tuple(x.shape)}; B * n must be in [1, {ROWS}] and H at least 1")
+    if not 1 <= rows <= LAYER_ROWS or x.size(2) < 1:
+        raise ValueError(f"x has shape {tuple(x.shape)}; B * n must be in [1, {LAYER_ROWS}] and H at least 1")
 
 
 def resolve_cpu(backend: str, device: torch.device) -> str:
@@ -73,6 +82,17 @@ def layer_arguments(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[in
 
 
 def _check(x, weight, bias) -> None:
+    if (  # what every layer of every forward has; else it is looked at in detail
+        bias is None
+        and x.dtype is weight.dtype
+        and x.dtype in DTYPES
+        and x.device == weight.device
+        and weight.dim() == 2
+        and x.dim() >= 1
+        and x.shape[-1] == weight.shape[1] >= 1 <= weight.shape[0]
+        and weight.stride(1) == 1
+    ):
+        return
     if x.dim() < 1 or x.size(-1) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., K] with K at least 1")
     check_dtype(x)
@@ -95,7 +115,7 @@ def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
     backend = resolve_cpu(backend, x.device)
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    if backend == "torch" or not 1 <= rows <= ROWS:
+    if backend == "torch" or not 1 <= rows <= fast_rows(x.dtype, inputs):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     if bias is not None:

@@ -29,7 +29,7 @@ def window_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMSNorm, the projections to queries, keys and values, and the rotary embedding, for a window on the CPU.
 
-    x [B, n, H] with B * n at most `window_linear.ROWS`; norm [H], the weight of the RMSNorm, which adds eps to the mean
+    x [B, n, H] with B * n at most `window_linear.LAYER_ROWS`; norm [H], the weight of the RMSNorm, which adds eps to the mean
     of squares; query [Hq * D, H], key and value [Hkv * D, H] and biases, as in `window_linear`; query_norm and
     key_norm [D], weights of RMSNorms of each head with head_eps, or None; cos and sin [B, n, D], D even: a head
     (a, b) of two halves becomes (a cos - b sin, b cos + a sin), as transformers' `rotate_half` has it. All of one dtype

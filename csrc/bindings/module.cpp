@@ -51,6 +51,16 @@ void linear(uintptr_t x, int64_t x_bytes, uintptr_t weight, int64_t weight_strid
               threads);
 }
 
+void lm_head_argmax(uintptr_t hidden, uintptr_t weight, int64_t weight_stride, uintptr_t bias, float scale,
+                    float softcap, uintptr_t index, uintptr_t value, int64_t rows, int64_t inputs, int64_t outputs,
+                    int dtype, int threads) {
+  const DType type = static_cast<DType>(dtype);
+  cpu::lm_head_argmax({{pointer<const void>(hidden), pointer<const void>(weight), pointer<const void>(bias), nullptr,
+                        inputs * element_size(type), weight_stride, outputs, rows, inputs, outputs, type},
+                       scale, softcap, pointer<int64_t>(index), pointer<float>(value)},
+                      threads);
+}
+
 // Weight, bias, stride and number of outputs.
 using Layer = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t>;
 
@@ -84,6 +94,10 @@ void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int
   cpu::converge({pointer<const void>(logits), row_stride, position_stride, vocabulary, static_cast<DType>(dtype)},
                 jacobi_state(fields, rows, width, capacity, context_width, eos_count), static_cast<Mode>(mode),
                 static_cast<Refill>(refill), inverse_temperature, threads);
+}
+
+void context_drafts(const StateFields& fields, int64_t rows, int64_t width, int64_t context_width) {
+  cpu::context_drafts(jacobi_state(fields, rows, width, 0, context_width, 0));
 }
 
 std::vector<std::tuple<std::string, std::string, std::string>> state_fields() {
@@ -121,6 +135,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("block_attention", &block_attention, unlocked());
   module.def("append_kv", &append_kv, unlocked());
   module.def("linear", &linear, unlocked());
+  module.def("lm_head_argmax", &lm_head_argmax, unlocked());
+  module.def("context_drafts", &context_drafts, unlocked());
   module.def("qkv", &qkv, unlocked());
   module.def("mlp", &mlp, unlocked());
   module.def("converge", &converge, unlocked());

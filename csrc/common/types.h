@@ -65,6 +65,15 @@ struct LinearParams {
   DType dtype;
 };
 
+// The largest logit of each row and its index, without a matrix of logits.
+struct HeadParams {
+  LinearParams linear;  // from hidden states to logits; `out` is unused
+  float scale;          // 1: none
+  float softcap;        // 0: none
+  int64_t* index;       // [rows]
+  float* value;         // [rows]
+};
+
 struct LinearWeights {
   const void* weight;  // [outputs, inputs], contiguous in the inputs
   const void* bias;    // [outputs] or null

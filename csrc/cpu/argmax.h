@@ -46,7 +46,10 @@ Best argmax(const T* values, int64_t count) {
     }
   }
   best.nan |= any(broken);
-  if (best.nan) return best;
+  if (best.nan) {
+    while (widen(values[best.index]) == widen(values[best.index])) ++best.index;
+    return best;
+  }
   best.index = best_block;
   while (widen(values[best.index]) != best.value) ++best.index;
   return best;

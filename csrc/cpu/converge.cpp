@@ -33,6 +33,18 @@ void check_row(const JacobiState& state, int64_t row) {
 
 }  // namespace
 
+void context_drafts(const JacobiState& state) {
+  for (int64_t row = 0; row < state.rows; ++row) {
+    // Rows that are done may hold anything.
+    const int64_t start = std::clamp<int64_t>(state.context_start[row], 0, state.context_width - 1);
+    const int64_t* context = state.context + row * state.context_width + start;
+    for (int64_t j = 1; j < state.width; ++j) {
+      const uint32_t random = refill_draw(state.seeds[row], state.produced[row] + j - 1, 0);
+      state.window[row * state.width + j] = context[random % (state.context_width - start)];
+    }
+  }
+}
+
 void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
               int threads) {
   std::vector<int64_t> running;

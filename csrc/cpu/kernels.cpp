@@ -77,6 +77,12 @@ void add_any(const void* a, const void* b, int64_t count, void* out, DType dtype
   });
 }
 
+void scale_logits_any(void* logits, int64_t count, float scale, float softcap, DType dtype) {
+  with_type(dtype, [&](auto* type) {
+    scale_logits(static_cast<decltype(type)>(logits), count, scale, softcap);
+  });
+}
+
 Best argmax_any(const void* values, int64_t count, DType dtype) {
   switch (dtype) {
     case DType::bf16: return argmax(static_cast<const bf16_t*>(values), count);
@@ -111,7 +117,7 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
     scratch_size, partial_size,      attend_any, merge_any,  linear_row_size_any, linear_inputs_any, linear_any,
-    rms_norm_any, silu_multiply_any, add_any,    argmax_any, sample_any,          rotate_any,
+    rms_norm_any, silu_multiply_any, add_any,    scale_logits_any, argmax_any,    sample_any, rotate_any,
 };
 
 }  // namespace cllm::cpu

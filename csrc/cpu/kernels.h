@@ -20,7 +20,7 @@ struct AttentionTask {
 };
 
 struct Best {
-  float value;
+  float value;  // of the numbers, without NaN
   int64_t index;
   bool nan;
 };
@@ -48,7 +48,10 @@ struct Kernels {
   void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);
   void (*silu_multiply)(void* gate, const void* up, int64_t count, DType dtype);
   void (*add)(const void* a, const void* b, int64_t count, void* out, DType dtype);
-  // The largest of `count` values and its lowest index.
+  // Logits after the head's linear layer: times `scale` unless that is 1, and softcap * tanh(x / softcap) unless it is 0,
+  // each operation rounded to `dtype`, float32 or bfloat16.
+  void (*scale_logits)(void* logits, int64_t count, float scale, float softcap, DType dtype);
+  // The largest of `count` values and its lowest index; where there is NaN, that of the first one.
   Best (*argmax)(const void* values, int64_t count, DType dtype);
   // The same of values / temperature + noise; the values are entries [first, first + count) of the vocabulary, `first`
   // a multiple of 64.

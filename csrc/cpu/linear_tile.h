@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "quad.h"
 #include "vec.h"
 
 namespace cllm::cpu {
@@ -36,88 +37,68 @@ constexpr int tile_outputs(int rows) { return rows <= 2 ? 6 : rows == 3 ? 4 : 3;
 constexpr int tile_outputs(int rows) { return rows <= 2 ? 4 : 3; }
 #endif
 
-// Sums of four vectors, each by the same tree.
-CLLM_INLINE void add_lanes(const vfloat* from, float* to) {
-#if defined(__AVX__)
-#if defined(__AVX512F__)
-  __m256 v[4];
-  for (int i = 0; i < 4; ++i)
-    v[i] = _mm512_castps512_ps256(from[i]) + _mm512_extractf32x8_ps(from[i], 1);
-#else
-  const vfloat* v = from;
-#endif
-  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
-#else
-  for (int i = 0; i < 4; ++i) to[i] = (from[i][0] + from[i][1]) + (from[i][2] + from[i][3]);
-#endif
-}
+// Whether the kernel reads x in another type than it has.
+template <class T>
+constexpr bool linear_converts = !std::is_same<T, Input<T>>::value;
 
-// sum[r][c] += the products of `steps` steps of row r of x and row c of the weights. Meanwhile `Fetch` rows of the
-// weights that come after these, at `next`, are fetched into the L2 cache: the L1 cache has no room for them, and
-// fetching them there was measured to cost a quarter of the time on 16 rows.
-template <int R, int C, int Fetch>
-CLLM_INLINE void add_products(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t steps,
+// sum[r][c] += the products of one step of row r of x and row c of the weights, of its first `count` inputs where
+// `Tail`. Meanwhile `Fetch` rows of the weights that come after these, at `next`, are fetched into the L2 cache: the L1
+// cache has no room for them, and fetching them there was measured to cost a quarter of the time on 16 rows.
+template <int R, int C, int Fetch, bool Tail>
+CLLM_INLINE void add_products(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count,
                               const float* next, vfloat (&sum)[R][C]) {
-  for (int64_t k = 0; k < steps * native; k += native) {
-    vfloat y[C];
+  vfloat y[C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      y[c] = load(w + c * w_stride + k);
-      if (c < Fetch) __builtin_prefetch(next + c * w_stride + k, 0, 2);
-    }
+  for (int c = 0; c < C; ++c) {
+    y[c] = load_register<vfloat, Tail>(w + c * w_stride, count);
+    if (c < Fetch) __builtin_prefetch(next + c * w_stride, 0, 2);
+  }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const vfloat z = load(x + r * x_stride + k);
+  for (int r = 0; r < R; ++r) {
+    const vfloat z = load_register<vfloat, Tail>(x + r * x_stride, count);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[r][c] += z * y[c];
-    }
+    for (int c = 0; c < C; ++c) sum[r][c] += z * y[c];
   }
 }
 
 #if defined(__AVX512BF16__)
-template <int R, int C, int Fetch>
-CLLM_INLINE void add_products(const bf16_t* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t steps,
+template <int R, int C, int Fetch, bool Tail>
+CLLM_INLINE void add_products(const bf16_t* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t count,
                               const bf16_t* next, vfloat (&sum)[R][C]) {
-  for (int64_t k = 0; k < steps * 2 * native; k += 2 * native) {
-    __m512bh y[C];
+  __m512bh y[C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      memcpy(&y[c], w + c * w_stride + k, sizeof y[c]);
-      if (c < Fetch) __builtin_prefetch(next + c * w_stride + k, 0, 2);
-    }
+  for (int c = 0; c < C; ++c) {
+    y[c] = load_register<__m512bh, Tail>(w + c * w_stride, count);
+    if (c < Fetch) __builtin_prefetch(next + c * w_stride, 0, 2);
+  }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      __m512bh z;
-      memcpy(&z, x + r * x_stride + k, sizeof z);
+  for (int r = 0; r < R; ++r) {
+    const __m512bh z = load_register<__m512bh, Tail>(x + r * x_stride, count);
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], z, y[c]);
-    }
+    for (int c = 0; c < C; ++c) sum[r][c] = _mm512_dpbf16_ps(sum[r][c], z, y[c]);
   }
 }
 #else
-template <int R, int C, int Fetch>
-CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t steps,
+// x has zeros behind its end.
+template <int R, int C, int Fetch, bool Tail>
+CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t count,
                               const bf16_t* next, vfloat (&sum)[R][C]) {
-  for (int64_t k = 0; k < steps * 2 * native; k += 2 * native) {
-    vuint pairs[C];
+  vuint pairs[C];
 #pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) {
-      memcpy(&pairs[c], w + c * w_stride + k, sizeof pairs[c]);
-      if (c < Fetch) __builtin_prefetch(next + c * w_stride + k, 0, 2);
-    }
+  for (int c = 0; c < C; ++c) {
+    pairs[c] = load_register<vuint, Tail>(w + c * w_stride, count);
+    if (c < Fetch) __builtin_prefetch(next + c * w_stride, 0, 2);
+  }
 #pragma GCC unroll 2
-    for (int odd = 0; odd < 2; ++odd) {
-      vfloat y[C];
+  for (int odd = 0; odd < 2; ++odd) {
+    vfloat y[C];
 #pragma GCC unroll 16
-      for (int c = 0; c < C; ++c)
-        y[c] = reinterpret_cast<vfloat>(odd ? pairs[c] & 0xffff0000u : pairs[c] << 16);
+    for (int c = 0; c < C; ++c) y[c] = reinterpret_cast<vfloat>(odd ? pairs[c] & 0xffff0000u : pairs[c] << 16);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const vfloat z = load(x + r * x_stride + k + odd * native);
+    for (int r = 0; r < R; ++r) {
+      const vfloat z = load(x + r * x_stride + odd * native);
 #pragma GCC unroll 16
-        for (int c = 0; c < C; ++c) sum[r][c] += z * y[c];
-      }
+      for (int c = 0; c < C; ++c) sum[r][c] += z * y[c];
     }
   }
 }
@@ -125,24 +106,57 @@ CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w,
 
 template <class T>
 size_t linear_row_size(const LinearParams& p) {
-  const bool in_place = std::is_same<T, Input<T>>::value && p.inputs % linear_step<T> == 0;
-  return in_place ? 0 : round_up(p.inputs, linear_step<T>) * sizeof(Input<T>);
+  return linear_converts<T> ? round_up(p.inputs, linear_step<T>) * sizeof(Input<T>) : 0;
 }
 
-// A row of x, with zeros up to a whole number of steps.
+// A row of x as the kernel reads it, with zeros up to a whole number of steps.
 template <class T>
 void linear_inputs(const LinearParams& p, int64_t row, void* to) {
-  constexpr int step = linear_step<T>;
-  const T* x = reinterpret_cast<const T*>(static_cast<const char*>(p.x) + row * p.x_bytes);
-  if constexpr (std::is_same<T, Input<T>>::value) {
-    memcpy(to, x, p.inputs * sizeof(T));
-    memset(static_cast<T*>(to) + p.inputs, 0, (round_up(p.inputs, step) - p.inputs) * sizeof(T));
-  } else {
-    for (int64_t k = 0; k < p.inputs; k += step) {
-      vuint pairs = {};
-      memcpy(&pairs, x + k, minimum(step, p.inputs - k) * sizeof(T));
+  if constexpr (linear_converts<T>) {
+    const T* x = reinterpret_cast<const T*>(static_cast<const char*>(p.x) + row * p.x_bytes);
+    for (int64_t k = 0; k < p.inputs; k += linear_step<T>) {
+      const vuint pairs = load_register<vuint, true>(x + k, minimum(linear_step<T>, p.inputs - k));
       store(static_cast<float*>(to) + k, reinterpret_cast<vfloat>(pairs << 16));
       store(static_cast<float*>(to) + k + native, reinterpret_cast<vfloat>(pairs & 0xffff0000u));
+    }
+  }
+}
+
+// Writes rows [row, row + R) of outputs [output, output + C). Outputs go by fours; those that are left over in each row
+// are added up and rounded together.
+template <class T, int R, int C>
+CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t output, const vfloat (&sum)[R][C]) {
+  constexpr int rest = C % 4, whole = C - rest;
+  T* out = static_cast<T*>(p.out) + row * p.out_stride + output;
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < whole; c += 4) {
+      const vfloat v[4] = {sum[r][c], sum[r][c + 1], sum[r][c + 2], sum[r][c + 3]};
+      vquad total = add_lanes(v);
+      if (bias) total += load_quad(bias + c);
+      store_quad(out + r * p.out_stride + c, total);
+    }
+  if constexpr (rest > 0) {
+#pragma GCC unroll 4
+    for (int first = 0; first < R * rest; first += 4) {
+      vfloat v[4];
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int at = first + i;
+        v[i] = at < R * rest ? sum[at / rest % R][whole + at % rest] : vfloat{};
+      }
+      vquad total = add_lanes(v);
+      if (bias)
+        for (int i = 0; i < 4; ++i) total[i] += widen(bias[whole + (first + i) % rest]);
+      T values[4];
+      store_quad(values, total);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        const int at = first + i;
+        if (at < R * rest) out[at / rest * p.out_stride + whole + at % rest] = values[i];
+      }
     }
   }
 }
@@ -150,33 +164,17 @@ void linear_inputs(const LinearParams& p, int64_t row, void* to) {
 // Rows [row, row + R) of outputs [output, output + C).
 template <class T, int R, int C, int Fetch>
 CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output, const T* next) {
-  constexpr int step = linear_step<T>, groups = (R * C + 3) / 4;
-  const int64_t steps = p.inputs / step, end = steps * step;
-  const T* weight = static_cast<const T*>(p.weight) + output * p.weight_stride;
+  constexpr int step = linear_step<T>;
+  const int64_t end = p.inputs / step * step, w_stride = p.weight_stride;
+  const T* weight = static_cast<const T*>(p.weight) + output * w_stride;
   const Input<T>* x = reinterpret_cast<const Input<T>*>(static_cast<const char*>(p.x) + row * p.x_bytes);
   const int64_t x_stride = p.x_bytes / sizeof(Input<T>);
   vfloat sum[R][C] = {};
-  add_products<R, C, Fetch>(x, x_stride, weight, p.weight_stride, steps, next, sum);
-  if (end < p.inputs) {
-    T tail[C * step] = {};
-    for (int c = 0; c < C; ++c)
-      memcpy(tail + c * step, weight + c * p.weight_stride + end, (p.inputs - end) * sizeof(T));
-    add_products<R, C, 0>(x + end, x_stride, tail, step, 1, nullptr, sum);
-  }
-
-  float total[groups * 4];
-#pragma GCC unroll 16
-  for (int g = 0; g < groups; ++g) {
-    vfloat v[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) v[i] = g * 4 + i < R * C ? sum[(g * 4 + i) / C % R][(g * 4 + i) % C] : vfloat{};
-    add_lanes(v, total + g * 4);
-  }
-  const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
-  for (int r = 0; r < R; ++r) {
-    T* out = static_cast<T*>(p.out) + (row + r) * p.out_stride + output;
-    for (int c = 0; c < C; ++c) narrow(bias ? total[r * C + c] + widen(bias[c]) : total[r * C + c], out + c);
-  }
+  for (int64_t k = 0; k < end; k += step)
+    add_products<R, C, Fetch, false>(x + k, x_stride, weight + k, w_stride, step, next + k, sum);
+  if (end < p.inputs)
+    add_products<R, C, 0, true>(x + end, x_stride, weight + end, w_stride, p.inputs - end, next, sum);
+  linear_results<T>(p, row, output, sum);
 }
 
 // Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile:

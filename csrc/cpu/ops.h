@@ -11,7 +11,10 @@ void append_kv(const AppendParams& params, int threads);
 // inverse_temperature 0: greedy.
 void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
               int threads);
+// Drafts for the whole window of every row, of refill `context` and draw number 0.
+void context_drafts(const JacobiState& state);
 void linear(const LinearParams& params, int threads);
+void lm_head_argmax(const HeadParams& params, int threads);
 void qkv(const QkvParams& params, int threads);
 void mlp(const MlpParams& params, int threads);
 

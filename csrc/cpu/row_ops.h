@@ -62,6 +62,36 @@ void silu_multiply(T* gate, const T* up, int64_t count) {
 }
 
 template <class T>
+void scale_logits(T* x, int64_t count, float scale, float softcap) {
+  const auto step = [&](T* values) {
+    vfloat v = load(values);
+    const auto round = [&] {
+      store(values, v);
+      v = load(values);
+    };
+    if (scale != 1) {
+      v *= scale;
+      round();
+    }
+    if (softcap != 0) {
+      v /= softcap;
+      round();
+      v = tanh(v);
+      round();
+      v *= softcap;
+      round();
+    }
+  };
+  int64_t i = 0;
+  for (; i + native <= count; i += native) step(x + i);
+  if (i == count) return;
+  T rest[native] = {};
+  memcpy(rest, x + i, (count - i) * sizeof(T));
+  step(rest);
+  memcpy(x + i, rest, (count - i) * sizeof(T));
+}
+
+template <class T>
 void add_rows(const T* a, const T* b, int64_t count, T* out) {
   for (int64_t i = 0; i < count; ++i) narrow(widen(a[i]) + widen(b[i]), out + i);
 }

@@ -1,6 +1,10 @@
 // Linear layers of a window, alone and with what stands around them in a decoder layer, shared out over threads.
+#include <omp.h>
+
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 #include "ops.h"
@@ -9,13 +13,17 @@
 namespace cllm::cpu {
 namespace {
 
-// One core does this many multiply-adds in some forty microseconds, twice what sharing out one layer costs. The MLP has
-// several layers, with a barrier behind each; on a machine that does other work a barrier waits for a time slice.
-constexpr int64_t parallel_work = 2'000'000, parallel_mlp_work = 4'000'000;
+// One core does this many multiply-adds in some twenty microseconds, several times what sharing out one layer costs. The
+// MLP has several layers, with a barrier behind each; on a machine that does other work a barrier waits for a time slice.
+constexpr int64_t parallel_work = 1'000'000, parallel_mlp_work = 4'000'000;
 // Reading a weight takes one row as long as these many rows take to compute.
 constexpr int64_t memory_rows = 6;
 // Outputs of a task: a multiple of what every register tile holds. Several tasks a thread even out other load.
 constexpr int64_t task_outputs = 24, tasks_per_thread = 8;
+
+// Bytes of logits that a thread holds until it has looked for the largest, and how many outputs that are at most: few
+// enough for the L1 cache in a window of decoding.
+constexpr int64_t head_bytes = 16 << 10, head_outputs = 240;
 
 thread_local Scratch scratch;
 
@@ -70,6 +78,13 @@ class Pieces {
   size_t size_ = 0;
 };
 
+// The better one of two parts of a row, whatever their order: NaN before numbers, then the lower index on ties.
+void keep_best(const Best& next, Best& best) {
+  const bool more = next.nan != best.nan ? next.nan : !next.nan && next.value != best.value ? next.value > best.value
+                                                                                            : next.index < best.index;
+  if (more) best = next;
+}
+
 // Inside a parallel region; all threads wait at the end.
 void run_layer(const Kernels& run, const LinearParams& p, int team) {
   const int64_t step = outputs_per_task(p.outputs, team);
@@ -91,6 +106,53 @@ void linear(const LinearParams& params, int threads) {
   if (team == 1) return run.linear(p, 0, p.outputs);
 #pragma omp parallel num_threads(team)
   run_layer(run, p, team);
+}
+
+void lm_head_argmax(const HeadParams& p, int threads) {
+  const Kernels& run = kernels();
+  const LinearParams& whole = p.linear;
+  const int64_t item = element_size(whole.dtype), rows = whole.rows;
+  const Inputs inputs(run, whole);
+  const int team = team_size(work_of(whole), threads);
+  const int64_t most = std::clamp(head_bytes / (rows * item), task_outputs, head_outputs) / task_outputs * task_outputs;
+  const int64_t step = std::min(most, outputs_per_task(whole.outputs, team));
+  Pieces pieces;
+  pieces.add(inputs.size());
+  const size_t logits_at = pieces.add(0), logits_size = (rows * step * item + 63) / 64 * 64;
+  pieces.add(team * logits_size);
+  char* memory = pieces.reserve();
+  for (int64_t row = 0; row < rows; ++row) inputs.prepare(row, memory);
+  const LinearParams prepared = inputs.prepared(whole, memory);
+  std::vector<Best> found(team * rows, Best{-INFINITY, whole.outputs, false});
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    const int thread = omp_get_thread_num();
+    char* logits = memory + logits_at + thread * logits_size;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t begin = 0; begin < whole.outputs; begin += step) {
+      const int64_t count = std::min(step, whole.outputs - begin);
+      LinearParams part = prepared;
+      part.weight = static_cast<const char*>(whole.weight) + begin * whole.weight_stride * item;
+      part.bias = whole.bias ? static_cast<const char*>(whole.bias) + begin * item : nullptr;
+      part.out = logits;
+      part.out_stride = step;
+      part.outputs = count;
+      run.linear(part, 0, count);
+      for (int64_t row = 0; row < rows; ++row) {
+        char* here = logits + row * step * item;
+        if (p.scale != 1 || p.softcap != 0) run.scale_logits(here, count, p.scale, p.softcap, whole.dtype);
+        Best best = run.argmax(here, count, whole.dtype);
+        best.index += begin;
+        keep_best(best, found[thread * rows + row]);
+      }
+    }
+  }
+  for (int64_t row = 0; row < rows; ++row) {
+    Best best = found[row];
+    for (int thread = 1; thread < team; ++thread) keep_best(found[thread * rows + row], best);
+    p.index[row] = best.index;
+    p.value[row] = best.nan ? NAN : best.value;
+  }
 }
 
 void qkv(const QkvParams& p, int threads) {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi,
 from cllm_kernels.decoding import JacobiCache
 from cllm_kernels.integrations import optimize as module_under_test
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.ops.window_linear import LAYER_ROWS
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -26,7 +29,7 @@ def forwards(model):
 def window_forward(model, tokens, length=0, cache=None):
     """Logits of a window behind `length` cache rows, and the cache."""
     bounds = torch.zeros(2, tokens.shape[0], dtype=torch.int32)
-    cache = cache or JacobiCache(bounds[0], 128, "cpp")
+    cache = cache or JacobiCache(bounds[0], max(128, tokens.shape[1]), "cpp")
     cache.lengths.fill_(length)
     bounds = torch.stack((cache.lengths, bounds[1]))
     positions = torch.arange(length, length + tokens.shape[1])[None].expand(tokens.shape[0], -1)
@@ -105,13 +108,13 @@ def test_a_window_gives_the_bits_of_single_tokens(family, dtype):
 
 
 @pytest.mark.parametrize("family", KNOWN)
-def test_a_window_runs_by_the_ops_and_a_prompt_does_not(family, calls):
+def test_a_window_runs_by_the_ops_and_a_long_prompt_does_not(family, calls):
     model = make_model(family)
     with optimize(model):
         window_forward(model, torch.randint(3, VOCABULARY, (1, 16)))
         assert calls == {"window_qkv": 2, "window_mlp": 2, "window_linear": 1}  # the last is the LM head
         calls.clear()
-        window_forward(model, torch.randint(3, VOCABULARY, (1, 65)))
+        window_forward(model, torch.randint(3, VOCABULARY, (1, LAYER_ROWS + 1)))
         assert "window_qkv" not in calls and "window_mlp" not in calls
 
 
@@ -236,6 +239,67 @@ def test_what_is_not_plain_is_left_alone(change):
         assert done.layers == ("model.layers.1",)
     got = JacobiGenerator(model, JacobiConfig(block_size=5)).generate(**inputs, do_sample=False, max_new_tokens=24)
     assert torch.equal(got, expected)
+
+
+def with_hook(model):
+    def double(module, arguments, output):
+        return 2 * output
+
+    model.model.layers[0].mlp.gate_proj.register_forward_hook(double)
+    return "model.layers.0", "mlp.gate_proj has hooks"
+
+
+def with_other_norm(model):
+    layer = model.model.layers[0]
+    layer.input_layernorm = nn.LayerNorm(layer.input_layernorm.weight.shape[0])
+    return "model.layers.0", "input_layernorm is a LayerNorm"
+
+
+def with_swapped_layers(model):
+    model.model.layers = nn.ModuleList([make_model("llama", seed=6).model.layers[0], model.model.layers[1]])
+    return None, None
+
+
+def with_new_weights(model):
+    projection = model.model.layers[1].mlp.down_proj
+    projection.weight = nn.Parameter(-projection.weight.detach())
+    return None, None
+
+
+def with_transposed_weights(model):
+    projection = model.model.layers[1].mlp.down_proj
+    projection.weight.data = projection.weight.data.T.contiguous().T
+    return "model.layers.1.mlp.down_proj", "its weight is not contiguous"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [with_hook, with_other_norm, with_swapped_layers, with_new_weights, with_transposed_weights, with_replaced_forward],
+)
+def test_a_model_that_changes_between_calls(change):
+    """What was found out about it in an earlier call is not used for what it is now."""
+    model = make_model("llama", seed=5)
+    inputs = make_prompts(2)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=5))
+    generator.generate(**inputs, do_sample=False, max_new_tokens=24)
+    with optimize(model) as done:
+        assert not done.left
+    reason = change(model)[1]
+    with optimize(model) as done:
+        assert any(reason in text for text in done.left.values()) if reason else not done.left
+    expected = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    for _ in range(2):
+        assert torch.equal(generator.generate(**inputs, do_sample=False, max_new_tokens=24), expected)
+
+
+def test_a_model_that_was_optimized_is_freed():
+    model = make_model("llama")
+    with optimize(model):
+        pass
+    freed = weakref.ref(model)
+    del model
+    gc.collect()
+    assert freed() is None
 
 
 @pytest.mark.parametrize("name", ["mlp.gate_proj", "mlp", "input_layernorm", "self_attn", ""])

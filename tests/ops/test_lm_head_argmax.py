@@ -4,17 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cllm_kernels.ops import lm_head_argmax
+from cllm_kernels import backends
+from cllm_kernels.ops import lm_head_argmax, window_linear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROUNDED = ({"scale": 0.0625}, {"scale": 0.3}, {"softcap": 30.0}, {"scale": 0.7, "softcap": 5.0})
 
 
-@pytest.fixture(params=["torch", "triton"])
-def backend(request):
-    if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("compiled for the GPU here, see test_ops_on_gpu.py")
-    return request.param
+@pytest.fixture(autouse=True)
+def kernels(request):
+    """There is none for CUDA, and that for CPUs takes no float16; test_backends checks that it says so."""
+    name = request.node.name
+    if "cuda-emulated" in name or ("cpp" in name and "torch.float16" in name):
+        pytest.skip("no such kernel")
 
 
 def integers(*shape, dtype):
@@ -157,15 +159,34 @@ def test_bad_input(message, backend):
         lm_head_argmax(**arguments | BAD[message](arguments))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_logits_are_those_of_window_linear(threads, dtype, backend):
+    """Bit for bit, alone and beside other rows, however the outputs are shared out."""
+    if backend != "cpp":
+        pytest.skip("other backends add up in another order")
+    hidden, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((2, 9, 200), (3001, 200), (3001,)))
+    logits = window_linear(hidden, weight, bias, backend).float()
+    torch.set_num_threads(threads)
+    try:
+        index, value = lm_head_argmax(hidden, weight, bias, backend=backend)
+        assert torch.equal(value, logits.amax(-1)) and torch.equal(index, logits.argmax(-1))
+        alone = lm_head_argmax(hidden[1:, 4:5], weight, bias, backend=backend)
+        assert torch.equal(alone[0][0, 0], index[1, 4]) and torch.equal(alone[1][0, 0], value[1, 4])
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_backends(monkeypatch):
     arguments = torch.ones(1, 2, 3), torch.ones(4, 3)
     monkeypatch.delenv("CLLM_BACKEND", raising=False)
     assert lm_head_argmax(*arguments)[0].tolist() == [[0, 0]]
-    with pytest.raises(RuntimeError, match="'cpp' was asked for but this op has no such kernel; .* 'auto', 'triton'"):
-        lm_head_argmax(*arguments, backend="cpp")
-    monkeypatch.setenv("CLLM_BACKEND", "cpp")
-    with pytest.raises(RuntimeError, match="'cpp' was asked for"):
-        lm_head_argmax(*arguments)
+    assert lm_head_argmax(*(tensor.half() for tensor in arguments))[0].tolist() == [[0, 0]]
+    with pytest.raises(RuntimeError, match="'cuda' was asked for but this op has no such kernel; .* 'cpp', 'triton'"):
+        lm_head_argmax(*arguments, backend="cuda")
+    if backends.EXTENSION is not None:
+        with pytest.raises(ValueError, match="'cpp' was asked for but it takes no torch.float16"):
+            lm_head_argmax(*(tensor.half() for tensor in arguments), backend="cpp")
 
 
 def test_opcheck(backend):

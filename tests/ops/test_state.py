@@ -60,6 +60,15 @@ def test_first_drafts_follow_the_rule():
     assert (state.window == state.window[:, :1]).all() and not state.kept.any()
 
 
+def test_first_drafts_by_either_backend(monkeypatch):
+    prompt = torch.randint(0, 1000, (3, 12))
+    states = []
+    for backend in ("torch", "auto"):
+        monkeypatch.setenv("CLLM_BACKEND", backend)
+        states.append(JacobiState.create(prompt, [0, 5, 11], limits=5, block_size=9, seeds=[1, 2**63 - 1, -7]))
+    assert torch.equal(states[0].window, states[1].window)
+
+
 def test_a_row_alone_starts_as_in_a_batch():
     prompt = torch.randint(0, 1000, (3, 12))
     batch = JacobiState.create(prompt, limits=5, block_size=8, seeds=3)
