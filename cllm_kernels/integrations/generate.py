@@ -607,7 +607,7 @@ def window_forward(
     """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``, and that cache.
 
     With block attention, call it under ``block_attention_enabled``. compiled: is called with windows in the model's place.
-    head: of :func:`plain_head`, without ``compiled``; with it, the forward gives predictions.
+    head: of :func:`plain_head`, without ``compiled``; with it, the forward gives what :func:`predict` does.
     """
     native = attention == "native"
     cache = JacobiCache(bounds[0], capacity, backend, zeros=native)

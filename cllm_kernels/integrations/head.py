@@ -12,6 +12,9 @@ from .optimize import linear_reason
 
 # Classes of transformers whose logits are `lm_head` of the last hidden state of `model`, with nothing behind it.
 _FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+# Logits of fewer bytes are made: doing without them was measured to be no faster. More than this malloc takes anew from
+# the system in every step, which then waits for its pages.
+_LEAST_BYTES = 32 << 20
 
 
 def plain_head(model: nn.Module, backend: str) -> nn.Linear | None:
@@ -31,9 +34,14 @@ def plain_head(model: nn.Module, backend: str) -> nn.Linear | None:
 
 
 def predict(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor | Predictions:
-    """Predictions from hidden states ``[B, n, H]``; where torch's linear layer is the faster one, or computes in another
-    dtype, the logits."""
+    """Predictions from hidden states ``[B, n, H]``; or their logits, where these are few, where there are more rows than
+    the C++ kernel is good for, or where the head computes in another dtype."""
     rows, size = hidden.shape[0] * hidden.shape[1], hidden.shape[2]
-    if hidden.dtype != head.weight.dtype or rows > fast_rows(hidden.dtype, size) or torch.is_autocast_enabled("cpu"):
+    if (
+        rows * head.weight.shape[0] * hidden.itemsize < _LEAST_BYTES
+        or rows > fast_rows(hidden.dtype, size)
+        or hidden.dtype != head.weight.dtype
+        or torch.is_autocast_enabled("cpu")
+    ):
         return head(hidden)
     return Predictions(*lm_head_argmax(hidden, head.weight, head.bias, backend="cpp"))

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(backends.EXTENSION is None, reason=str(backends.
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The rows of each call of `lm_head_argmax`."""
+    """The rows of each call of `lm_head_argmax`, which runs for the few logits of the tests too."""
+    monkeypatch.setattr(head_module, "_LEAST_BYTES", 0)
     rows, op = [], head_module.lm_head_argmax
 
     def count(hidden, *arguments, **options):
@@ -135,7 +136,17 @@ def test_wide_windows_go_to_the_linear_layer(calls, monkeypatch):
     assert calls and max(calls) <= 14
 
 
-def test_computes_in_the_dtype_of_the_head_alone():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_logits_are_made(dtype, calls, monkeypatch):
+    """The gate counts bytes of logits: here those of 21 rows, which the first forwards alone hold."""
+    monkeypatch.setattr(head_module, "_LEAST_BYTES", 21 * VOCABULARY * dtype.itemsize)
+    generator = JacobiGenerator(make_model(seed=4, dtype=dtype), JacobiConfig(block_size=7))
+    generator.generate(**make_prompts(3), do_sample=False, max_new_tokens=30, eos_token_id=list(range(1, 40)))
+    assert set(calls) == {21} and len(calls) < generator.statistics.forwards
+
+
+def test_computes_in_the_dtype_of_the_head_alone(monkeypatch):
+    monkeypatch.setattr(head_module, "_LEAST_BYTES", 0)
     head = nn.Linear(8, 5, dtype=torch.bfloat16)
     hidden = torch.randn(1, 2, 8, dtype=torch.bfloat16)
     with torch.inference_mode():
@@ -238,7 +249,7 @@ def test_lora_on_the_head(calls):
     assert not calls
 
 
-def test_nan_raises():
+def test_nan_raises(calls):
     model = make_model()
     model.lm_head.weight.data[40, 3] = torch.nan
     with pytest.raises(ValueError, match="row 0 at window position 0 hold NaN"):
