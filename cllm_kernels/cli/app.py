@@ -142,7 +142,9 @@ def bench(
     block_size: Annotated[list[int] | None, typer.Option(min=2, help="Window width, may be repeated; 16.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; their median counts.")] = 3,
-    draft_model: Annotated[str | None, typer.Option(help="Checkpoint for transformers' assisted generation.")] = None,
+    draft_model: Annotated[
+        str | None, typer.Option("--draft", "--draft-model", help="Checkpoint for transformers' assisted generation.")
+    ] = None,
     compiled: Annotated[bool, typer.Option(help="Measure transformers' compiled AR too.")] = True,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
