@@ -5,7 +5,7 @@ from .cache import JacobiCache
 from .config import JacobiConfig
 from .loop import Decoded, decode
 from .processing import Processing, Stopping, is_stateful
-from .session import Forward, Predictions, Session
+from .session import Forward, Session
 from .statistics import JacobiStatistics, RowStatistics
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "JacobiCache",
     "JacobiConfig",
     "JacobiStatistics",
-    "Predictions",
     "Processing",
     "RowStatistics",
     "Session",

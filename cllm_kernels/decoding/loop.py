@@ -15,7 +15,7 @@ from .branches import Branches
 from .config import JacobiConfig
 from .drafts import LookupDrafts
 from .processing import Processing, Stopping
-from .session import Predictions, Session, check_status, converge, run_chunks, runs_on_device
+from .session import Session, check_status, converge, run_chunks, runs_on_device
 from .statistics import JacobiStatistics, RowStatistics
 
 _STOP_REASONS = {1: "eos", 2: "length", 3: "criterion"}
@@ -97,7 +97,7 @@ def decode(
     kept_logits = _Kept(state) if keep_logits else None
     looks = stopping is not None or keep_scores or keep_logits
 
-    def advance(logits: torch.Tensor | Predictions, scores: torch.Tensor | Predictions) -> int:
+    def advance(logits: torch.Tensor, scores: torch.Tensor) -> int:
         commit = functools.partial(converge, scores, state, config, processing, backend)
         if looks:
             produced = state.produced.tolist()

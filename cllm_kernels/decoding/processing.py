@@ -80,7 +80,7 @@ class Processing:
         self.seconds = 0.0
 
     def __call__(self, logits: torch.Tensor, state: JacobiState) -> torch.Tensor:
-        """logits ``[B, n, V]`` of any storage type; returns float32 ones, or what it was given if there is nothing to do."""
+        """logits ``[B, n, V]`` of any storage type; returns float32 ones, or the same if there is nothing to do."""
         if not self.processors:
             return logits
         begin = time.perf_counter()

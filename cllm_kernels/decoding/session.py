@@ -9,32 +9,18 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 
-from ..ops import JacobiState, converge_, converge_predictions_
+from ..ops import JacobiState, converge_
 from ..ops.state_fields import FIELDS
 from .cache import JacobiCache
 from .config import JacobiConfig
 from .processing import Processing
 
-
-class Predictions(NamedTuple):
-    """What a forward may give in the place of logits, where nothing but greedy tokens is wanted of them.
-
-    Attributes:
-        index: int64 ``[B, n]``, the argmax of the logits at each position.
-        value: float32 ``[B, n]``, the logit there; NaN if there is NaN among them.
-    """
-
-    index: torch.Tensor
-    value: torch.Tensor
-
-
-Forward = Callable[..., "torch.Tensor | Predictions"]
-"""``forward(input_ids [B, m], position_ids [B, m], keep, branch=0) -> logits of the last positions [B, keep, V]``, or
-their predictions; branch: of ``block_attention``."""
+Forward = Callable[..., torch.Tensor]
+"""``forward(input_ids [B, m], position_ids [B, m], keep, branch=0) -> logits of the last positions [B, keep, V]``;
+branch: of ``block_attention``."""
 
 # Iterations that one graph holds at most, and how many graphs a decode should take at least: of the last one, on
 # average half is in vain, and one more that was launched before its status was read.
@@ -212,12 +198,9 @@ class Poll:
 
 
 def converge(
-    scores: torch.Tensor | Predictions, state: JacobiState, config: JacobiConfig, processing: Processing, backend: str
+    scores: torch.Tensor, state: JacobiState, config: JacobiConfig, processing: Processing, backend: str
 ) -> None:
-    """``converge_`` as the configuration has it, on scores that have been processed or on predictions."""
-    if isinstance(scores, Predictions):
-        converge_predictions_(*scores, state, mode=config.mode, refill=config.refill, backend=backend)
-        return
+    """``converge_`` as the configuration has it, on scores that have been processed."""
     converge_(
         scores, state, mode=config.mode, refill=config.refill, temperature=processing.temperature, backend=backend
     )

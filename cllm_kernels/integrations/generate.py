@@ -29,7 +29,6 @@ from ..decoding import (
     JacobiCache,
     JacobiConfig,
     JacobiStatistics,
-    Predictions,
     Processing,
     Session,
     Stopping,
@@ -40,7 +39,6 @@ from ..decoding.session import may_capture, runs_on_device
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask, submodules
-from .head import plain_head, predict
 from .optimize import optimize as optimized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -175,11 +173,6 @@ def jacobi_generate(
         keep_logits=returns_dict and bool(generation_config.output_logits),
     )
 
-    head = None
-    wants_logits = options["processing"].processors or sampling or options["keep_scores"] or options["keep_logits"]
-    if config.optimize and compiled is None and config.candidates == 1 and not wants_logits:
-        head = plain_head(model, chosen)
-
     eos = generation_config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     with contextlib.ExitStack() as stack:
@@ -210,7 +203,6 @@ def jacobi_generate(
             memory,
             attention,
             compiled,
-            head,
         )
         decoded = decode(session, prompt, config, chosen, on_commit=on_commit, **options)
 
@@ -524,7 +516,6 @@ def _session(
     memory: dict | None,
     attention: str,
     compiled: Callable | None,
-    head: torch.nn.Linear | None,
 ) -> Session:
     """Buffers for this prompt, out of `memory` where an earlier call left them."""
     rows, width = input_ids.shape
@@ -559,7 +550,7 @@ def _session(
     bounds[1] = pads
     state = dataclasses.replace(state, lengths=bounds[0])
     capacity = width + extra - 1 + output + config.candidates * config.width
-    forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled, head)
+    forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
     session = Session(forward, state, bounds, max_position, cache)
     if runs_on_device(device, config, processing) and _has_graphs_of_its_own(model, compiled):
         session.capturable = False
@@ -602,23 +593,19 @@ def window_forward(
     capacity: int,
     backend: str,
     compiled: Callable | None = None,
-    head: torch.nn.Linear | None = None,
 ) -> tuple[Forward, JacobiCache]:
     """The forward of a model over windows behind a new cache, whose lengths are ``bounds[0]``, and that cache.
 
     With block attention, call it under ``block_attention_enabled``. compiled: is called with windows in the model's place.
-    head: of :func:`plain_head`, without ``compiled``; with it, the forward gives what :func:`predict` does.
     """
     native = attention == "native"
     cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
-    keeps, dtype = head is None and model._supports_logits_to_keep(), model.dtype
+    keeps, dtype = model._supports_logits_to_keep(), model.dtype
 
-    def forward(
-        tokens: torch.Tensor, positions: torch.Tensor, keep: int, branch: int = 0
-    ) -> torch.Tensor | Predictions:
+    def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int, branch: int = 0) -> torch.Tensor:
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
         rows = bounds[:, : tokens.shape[0]]
-        call = compiled if compiled is not None and tokens.shape[1] == keep else model if head is None else model.model
+        call = compiled if compiled is not None and tokens.shape[1] == keep else model
         mask = dense_mask(rows, tokens.shape[1], capacity, dtype, branch) if native else as_mask(rows, branch)
         outputs = call(
             input_ids=tokens,
@@ -628,8 +615,6 @@ def window_forward(
             use_cache=True,
             **options,
         )
-        if head is not None:
-            return predict(head, outputs.last_hidden_state[:, -keep:])
         return outputs.logits[:, -keep:]
 
     return forward, cache

@@ -94,7 +94,7 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
     plan = _Plan(facts, {}, {}, {})
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            reason, swapped = linear_reason(module, backend), plan.linears
+            reason, swapped = _linear_reason(module, backend), plan.linears
         elif type(module).__name__.endswith("DecoderLayer"):
             reason, swapped = _layer_reason(module, backend), plan.layers
         else:
@@ -188,7 +188,7 @@ def _swapped_layer(layer: nn.Module) -> Callable:
     return forward
 
 
-def linear_reason(module: nn.Linear, backend: str) -> str | None:
+def _linear_reason(module: nn.Linear, backend: str) -> str | None:
     """Why a linear layer is left alone, or None."""
     if type(module) is not nn.Linear:
         return f"it is a {type(module).__qualname__}"

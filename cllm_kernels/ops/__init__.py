@@ -3,7 +3,6 @@
 from .append_kv import append_kv_
 from .block_attention import block_attention
 from .converge import converge_
-from .converge_predictions import converge_predictions_
 from .lm_head_argmax import lm_head_argmax
 from .state import JacobiState
 from .window_linear import window_linear
@@ -11,6 +10,6 @@ from .window_mlp import window_mlp
 from .window_qkv import window_qkv
 
 __all__ = [
-    "JacobiState", "append_kv_", "block_attention", "converge_", "converge_predictions_", "lm_head_argmax",
-    "window_linear", "window_mlp", "window_qkv",
+    "JacobiState", "append_kv_", "block_attention", "converge_", "lm_head_argmax", "window_linear", "window_mlp",
+    "window_qkv",
 ]  # fmt: skip

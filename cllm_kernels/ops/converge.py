@@ -76,19 +76,15 @@ def converge_(
     _call(logits, *state.tensors(), mode, refill, float(temperature), backend)
 
 
-def check_step(tensors: tuple[torch.Tensor, ...], mode: str, refill: str) -> None:
-    if mode not in MODES:
-        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}")
-    check_refill(refill)
-    check_state(tensors)
-
-
 def _check(
     logits: torch.Tensor, tensors: tuple[torch.Tensor, ...], mode: str, refill: str, temperature: float
 ) -> None:
-    check_step(tensors, mode, refill)
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; allowed are {', '.join(map(repr, MODES))}")
+    check_refill(refill)
     if temperature != 0 and not 1 / _LARGEST < temperature < _LARGEST:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or in ({1 / _LARGEST:.0e}, {_LARGEST:.0e})")
+    check_state(tensors)
     window = tensors[0]
     check_rank("logits", logits, "B, n, V")
     if logits.size(2) < 1:
@@ -136,32 +132,26 @@ def reference(
     logits: torch.Tensor, state: JacobiState, mode: str = "window", refill: str = "context", temperature: float = 0.0
 ) -> None:
     """The specification of `converge_`, without a host sync except on the CPU."""
-    broken = logits.isnan().any(-1)
-    if temperature > 0:
-        positions = state.produced[:, None] + torch.arange(state.width, device=logits.device)
-        words = noise_words(state.seeds, positions, logits.size(2))
-        logits = logits.float() * (1 / temperature) + gumbel(words)
-    advance(logits.argmax(-1), broken, state, mode, refill)
-
-
-def advance(predicted: torch.Tensor, broken: torch.Tensor, state: JacobiState, mode: str, refill: str) -> None:
-    """The specification from the predictions on, int64 [B, n]; broken, bool [B, n]: where logits held NaN."""
-    on_cpu = predicted.device.type == "cpu"
+    on_cpu = logits.device.type == "cpu"
     if on_cpu:
         _check_values(state)
     width = state.width
-    columns = torch.arange(width, device=predicted.device)
+    columns = torch.arange(width, device=logits.device)
 
     running = state.done == 0
-    broken = broken & running[:, None]
+    broken = logits.isnan().any(-1) & running[:, None]
     state.status[0] = running.sum()
     state.status[1] = broken.any(1).sum()
     if on_cpu:
         _check_numbers(broken)
     live = running & ~broken.any()
 
+    if temperature > 0:
+        words = noise_words(state.seeds, state.produced[:, None] + columns, logits.size(2))
+        logits = logits.float() * (1 / temperature) + gumbel(words)
+
     # 1. accept length
-    window = state.window
+    window, predicted = state.window, logits.argmax(-1)
     agreed = (window[:, 1:] == predicted[:, :-1]).long()
     accept = 1 + agreed.cumprod(1).sum(1)
     if mode == "block":
@@ -177,7 +167,7 @@ def advance(predicted: torch.Tensor, broken: torch.Tensor, state: JacobiState, m
     done = torch.where(ended, 1, torch.where(full, 2, 0))
 
     # 3. commit
-    offsets = torch.arange(state.capacity, device=predicted.device) - state.produced[:, None]
+    offsets = torch.arange(state.capacity, device=logits.device) - state.produced[:, None]
     committed = (offsets >= 0) & (offsets < accept[:, None]) & live[:, None]
     tokens = predicted.gather(1, offsets.clamp(0, width - 1))
     state.output.copy_(torch.where(committed, tokens, state.output))
@@ -185,7 +175,7 @@ def advance(predicted: torch.Tensor, broken: torch.Tensor, state: JacobiState, m
     state.produced.add_(gained)
     state.lengths.add_(gained)
     state.iterations.add_(live)
-    state.accept_histogram.add_((torch.arange(width + 1, device=predicted.device) == accept[:, None]) & live[:, None])
+    state.accept_histogram.add_((torch.arange(width + 1, device=logits.device) == accept[:, None]) & live[:, None])
     born = torch.where(
         (window.roll(-1, 1) == predicted) & (columns < width - 1), state.since.roll(-1, 1), state.iterations[:, None]
     )
@@ -236,10 +226,11 @@ def _implementation(logits, *arguments) -> None:
     if backend == "torch":
         reference(logits, JacobiState(*tensors), mode, refill, temperature)
         return
-    pointers, *sizes = state_arguments(tensors)
+    output, context, eos = (tensors[_INDEX[name]] for name in ("output", "context", "eos"))
     arguments = (
-        logits.data_ptr(), logits.stride(0), logits.stride(1), DTYPE_CODES[logits.dtype], pointers,
-        *logits.shape, *sizes,
+        logits.data_ptr(), logits.stride(0), logits.stride(1), DTYPE_CODES[logits.dtype],
+        [tensor.data_ptr() for tensor in tensors],
+        *logits.shape, output.size(1), context.size(1), eos.size(0),
         MODES.index(mode), REFILLS.index(refill), temperature and 1 / temperature,
     )  # fmt: skip
     if backend == "cpp":
@@ -255,7 +246,7 @@ def _implementation(logits, *arguments) -> None:
 
         named = dict(zip(_INDEX, tensors, strict=True))
         with torch.cuda.device_of(logits):  # Triton launches on the current device
-            run(logits, named, tuple(sizes), mode, refill, temperature)
+            run(logits, named, (output.size(1), context.size(1), eos.size(0)), mode, refill, temperature)
     elif logits.size(0) == 0:
         state.status.zero_()
     else:
@@ -284,25 +275,16 @@ def _options(arguments: tuple) -> tuple[str, str, float, str]:
     return given + ("window", "context", 0.0, "auto")[len(given) :]
 
 
-def state_arguments(tensors: tuple[torch.Tensor, ...]) -> tuple[list[int], int, int, int]:
-    """The state as the extension takes it: pointers, capacity, and the sizes of the context and of eos."""
-    sizes = (tensors[_INDEX["output"]].size(1), tensors[_INDEX["context"]].size(1), tensors[_INDEX["eos"]].size(0))
-    return [tensor.data_ptr() for tensor in tensors], *sizes
-
-
 _INDEX = {name: index for index, (name, *_) in enumerate(FIELDS)}
 
 
-def _state_schema() -> str:
-    """The fields of JacobiState as arguments of an op that makes a step."""
+def _schema() -> str:
     written = [name for name, *_ in FIELDS if name not in READ_ONLY]
     alias = {name: f"({chr(ord('a') + index)}!)" for index, name in enumerate(written)}
-    return ", ".join(f"Tensor{alias.get(name, '')} {name}" for name, *_ in FIELDS)
+    tensors = ", ".join(f"Tensor{alias.get(name, '')} {name}" for name, *_ in FIELDS)
+    # "decode_mode", because torch's functionalisation takes no op with an argument named "mode".
+    options = 'str decode_mode="window", str refill="context", float temperature=0.0, str backend="auto"'
+    return f"converge_(Tensor logits, {tensors}, {options}) -> ()"
 
 
-# "decode_mode", because torch's functionalisation takes no op with an argument named "mode".
-STEP_SCHEMA = f'{_state_schema()}, str decode_mode="window", str refill="context"'
-
-_call = register(
-    f'converge_(Tensor logits, {STEP_SCHEMA}, float temperature=0.0, str backend="auto") -> ()', _implementation, _fake
-)
+_call = register(_schema(), _implementation, _fake)

@@ -88,14 +88,6 @@ void mlp(uintptr_t x, uintptr_t attended, const Layer& output, uintptr_t norm, f
            threads);
 }
 
-void converge_predictions(uintptr_t index, int64_t index_stride, uintptr_t value, int64_t value_stride, int64_t rows,
-                          int64_t width, const StateFields& fields, int64_t capacity, int64_t context_width,
-                          int64_t eos_count, int mode, int refill) {
-  cpu::converge_predictions({pointer<const int64_t>(index), index_stride, pointer<const float>(value), value_stride},
-                            jacobi_state(fields, rows, width, capacity, context_width, eos_count),
-                            static_cast<Mode>(mode), static_cast<Refill>(refill));
-}
-
 void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype, const StateFields& fields,
               int64_t rows, int64_t width, int64_t vocabulary, int64_t capacity, int64_t context_width,
               int64_t eos_count, int mode, int refill, float inverse_temperature, int threads) {
@@ -148,7 +140,6 @@ PYBIND11_MODULE(_C, module) {
   module.def("qkv", &qkv, unlocked());
   module.def("mlp", &mlp, unlocked());
   module.def("converge", &converge, unlocked());
-  module.def("converge_predictions", &converge_predictions, unlocked());
   module.def("state_fields", &state_fields, "Fields of JacobiState that were compiled in: (name, dtype, shape).");
   module.def("build_info", &build_info, "How this module was built.");
   module.def("cpu_isa", &cpu::selected_isa, "The instruction set whose kernels run.");

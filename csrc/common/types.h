@@ -124,12 +124,4 @@ struct Logits {
   DType dtype;
 };
 
-// Argmaxes of logits, and the logits there.
-struct Predictions {
-  const int64_t* index;  // [B, n], contiguous in n
-  int64_t index_stride;
-  const float* value;  // [B, n], contiguous in n; NaN where there was NaN among the logits
-  int64_t value_stride;
-};
-
 }  // namespace cllm

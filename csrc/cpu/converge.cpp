@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -32,51 +31,6 @@ void check_row(const JacobiState& state, int64_t row) {
                                 std::to_string(state.context_width) + ")");
 }
 
-// The rows that are not done, whose numbers have been checked.
-std::vector<int64_t> running_rows(const JacobiState& state) {
-  std::vector<int64_t> running;
-  for (int64_t row = 0; row < state.rows; ++row)
-    if (state.done[row] == 0) {
-      check_row(state, row);
-      running.push_back(row);
-    }
-  return running;
-}
-
-// A position of a running row: its prediction, and whether there is NaN among its logits.
-struct Prediction {
-  int64_t index;
-  bool nan;
-};
-
-// `predictions` are those of the running rows, n each.
-void advance(const JacobiState& state, const std::vector<int64_t>& running, const std::vector<Prediction>& predictions,
-             Mode mode, Refill refill) {
-  const int64_t n = state.width;
-  int64_t first_broken = -1;
-  int32_t broken_rows = 0;
-  std::vector<int64_t> indices(predictions.size());
-  for (size_t r = 0; r < running.size(); ++r) {
-    bool broken = false;
-    for (int64_t position = r * n; position < static_cast<int64_t>(r + 1) * n; ++position) {
-      indices[position] = predictions[position].index;
-      if (predictions[position].nan && first_broken < 0) first_broken = position;
-      broken |= predictions[position].nan;
-    }
-    broken_rows += broken;
-  }
-  state.status[0] = static_cast<int32_t>(running.size());
-  state.status[1] = broken_rows;
-  if (broken_rows)
-    throw std::invalid_argument("logits of row " + std::to_string(running[first_broken / n]) + " at window position " +
-                                std::to_string(first_broken % n) + " hold NaN; they must not");
-
-  for (size_t r = 0; r < running.size(); ++r) {
-    converge_row(state, running[r], indices.data() + r * n, mode, refill);
-    state.status[0] -= state.done[running[r]] != 0;
-  }
-}
-
 }  // namespace
 
 void context_drafts(const JacobiState& state) {
@@ -93,7 +47,13 @@ void context_drafts(const JacobiState& state) {
 
 void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
               int threads) {
-  const std::vector<int64_t> running = running_rows(state);
+  std::vector<int64_t> running;
+  for (int64_t row = 0; row < state.rows; ++row)
+    if (state.done[row] == 0) {
+      check_row(state, row);
+      running.push_back(row);
+    }
+
   const Kernels& run = kernels();
   const int64_t n = state.width, splits = (logits.vocabulary + split_logits - 1) / split_logits;
   const int64_t positions = static_cast<int64_t>(running.size()) * n, tasks = positions * splits;
@@ -116,31 +76,37 @@ void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill 
     }
   }
 
-  std::vector<Prediction> predictions;
-  predictions.reserve(positions);
-  for (int64_t position = 0; position < positions; ++position) {
-    Best best = found[position * splits];
-    for (int64_t split = 1; split < splits; ++split) {
-      const Best& next = found[position * splits + split];
-      best.nan |= next.nan;
-      if (next.value > best.value) {
-        best.value = next.value;
-        best.index = next.index;
+  int64_t first_broken = -1;
+  int32_t broken_rows = 0;
+  std::vector<int64_t> predictions(positions);
+  for (size_t r = 0; r < running.size(); ++r) {
+    bool broken = false;
+    for (int64_t position = r * n; position < static_cast<int64_t>(r + 1) * n; ++position) {
+      Best best = found[position * splits];
+      for (int64_t split = 1; split < splits; ++split) {
+        const Best& next = found[position * splits + split];
+        best.nan |= next.nan;
+        if (next.value > best.value) {
+          best.value = next.value;
+          best.index = next.index;
+        }
       }
+      predictions[position] = best.index;
+      if (best.nan && first_broken < 0) first_broken = position;
+      broken |= best.nan;
     }
-    predictions.push_back({best.index, best.nan});
+    broken_rows += broken;
   }
-  advance(state, running, predictions, mode, refill);
-}
+  state.status[0] = static_cast<int32_t>(running.size());
+  state.status[1] = broken_rows;
+  if (broken_rows)
+    throw std::invalid_argument("logits of row " + std::to_string(running[first_broken / n]) + " at window position " +
+                                std::to_string(first_broken % n) + " hold NaN; they must not");
 
-void converge_predictions(const Predictions& given, const JacobiState& state, Mode mode, Refill refill) {
-  const std::vector<int64_t> running = running_rows(state);
-  std::vector<Prediction> predictions;
-  for (const int64_t row : running)
-    for (int64_t i = 0; i < state.width; ++i)
-      predictions.push_back({given.index[row * given.index_stride + i],
-                             std::isnan(given.value[row * given.value_stride + i])});
-  advance(state, running, predictions, mode, refill);
+  for (size_t r = 0; r < running.size(); ++r) {
+    converge_row(state, running[r], predictions.data() + r * n, mode, refill);
+    state.status[0] -= state.done[running[r]] != 0;
+  }
 }
 
 }  // namespace cllm::cpu

@@ -8,8 +8,6 @@ namespace cllm::cpu {
 
 void block_attention(const AttentionParams& params, int threads);
 void append_kv(const AppendParams& params, int threads);
-// `converge` at temperature 0, of logits whose argmaxes are known.
-void converge_predictions(const Predictions& predictions, const JacobiState& state, Mode mode, Refill refill);
 // inverse_temperature 0: greedy.
 void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill refill, float inverse_temperature,
               int threads);
