@@ -35,14 +35,12 @@ class TrajectoryDataset(Dataset):
             ``"trajectory"``.
         following: whether to give each state's successor on its trajectory too, for the local consistency loss.
         truths: whether the autoregressive loss is to take ``truth_ids`` where a row has any.
-        prompt_noise: share of the prompt's tokens that other tokens of the prompt stand in for, at each visit anew, so
-            that a model does not rest on single words. The prefix, the last token, and what the output has too stay.
     """
 
     def __init__(
         self, rows: list[dict], noisy_blocks: int = 0, augment: float = 0.5, on_policy: bool = False, seed: int = 0,
         schedule: str = "trajectory", cycle: int = 16, chained: bool = False, following: bool = False,
-        truths: bool = False, prompt_noise: float = 0.0,
+        truths: bool = False,
     ):  # fmt: skip
         self.rows = rows
         self.noisy_blocks = noisy_blocks
@@ -53,7 +51,6 @@ class TrajectoryDataset(Dataset):
         self.chained = chained
         self.following = following
         self.truths = truths
-        self.prompt_noise = prompt_noise
         self.epoch = 0
         self._seed = seed
         self.live = [self._draw(index, self._rng(index, "start")) for index in range(len(rows))] if on_policy else []
@@ -81,17 +78,6 @@ class TrajectoryDataset(Dataset):
         corrected = [new if rng.random() < share else old for old, new in zip(drafts, right, strict=False)]
         return start, corrected + drafts[len(right) :]
 
-    def _noisy_prompt(self, row: dict, rng: random.Random) -> list[int]:
-        prompt = row["prompt_ids"]
-        if not self.prompt_noise:
-            return prompt
-        first, kept = row.get("prefix_length", 0), set(row["output_ids"])
-        middle = [
-            token if token in kept or rng.random() >= self.prompt_noise else rng.choice(prompt[first:])
-            for token in prompt[first:-1]
-        ]
-        return prompt[:first] + middle + prompt[-1:]
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -101,7 +87,7 @@ class TrajectoryDataset(Dataset):
         states = self.live[index] if self.on_policy else self._draw(index, rng)
         feature = {
             "index": index,
-            "input_ids": self._noisy_prompt(row, rng) + row["output_ids"],
+            "input_ids": row["prompt_ids"] + row["output_ids"],
             "prompt_length": len(row["prompt_ids"]),
             "prefix_length": row.get("prefix_length", 0),
             "chained": self.chained,

@@ -42,9 +42,6 @@ class TrainConfig:
     weight_decay: float = _setting(0.01, "of AdamW", "torch's default", (0, None))
     warmup_steps: int = _setting(100, "steps of the linear warm-up", _BUNDLED, (0, None))
     noisy_blocks: int = _setting(4, "Jacobi states packed behind each clean sequence", _BUNDLED, (0, None))
-    prompt_noise: float = _setting(
-        0.0, "share of the prompt's tokens that others of the prompt stand in for, at each visit anew", "none", (0, 1)
-    )
     prefix_rows: int = _setting(
         1, "rows a batch takes together of those that share a prefix (prefix_length)", "none share", (1, None)
     )

@@ -1,7 +1,9 @@
 """The recipe of the bundled text-to-SQL models: tokenizer, target from scratch, trajectories, CLLM.
 
 Data: Spider's training questions with 5 % held out, and questions that templates make from the schemas of the
-same databases. No schema is in the prompt: the model has to learn the tables and columns of each database.
+same databases. The bundled models' prompts name the database alone: they had to learn the tables and columns of each
+database. With ``schema=True`` a target gets the schema in its prompt, and questions on schemas that are mixed and
+invented, so that databases it has not seen are possible.
 """
 
 from __future__ import annotations
@@ -9,38 +11,47 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
+import time
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import compare_models, load_model
-from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, read_questions
+from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, prompt_prefix, read_questions, schema_text
 
+from .baselines import distil_draft, train_medusa
 from .collect import collect, prompts_of, tqdm_of
 from .packing import initial_states
 from .rows import read_rows
 from .settings import TrainConfig
+from .sql import columns_of, tokenize
 from .train import train
 
+_VALUE = re.compile(r"'[^']*'|(?<![\w.])\d+(?:\.\d+)?")
 HELD_OUT = 0.05
 VOCABULARY = 1024
-CONTEXT = 512
+CONTEXT = 1024
 SYNTHETIC = 3000
+INVENTED = 4000  # questions on schemas that there are not, for targets with the schema in the prompt
+TOGETHER = 8  # questions of one database that a batch takes together
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
-TRAJECTORIES = 3000
-CROSSED = 6000
+BLENDED, CROSSED = 2000, 2000  # questions of these kinds that the target answers
+ANSWERS = ("training", "blended", "crossed")  # questions of which the target's answers are collected
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
 TARGET_CONFIG = TrainConfig(
-    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
+    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0, bf16=True
 )
+SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, prefix_rows=TOGETHER)
 CLLM_CONFIG = TrainConfig(
-    epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
-    on_policy=True, distance_decay=0.8, drop_degenerate=False,
+    epochs=4.2, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=8, augment=0.125,
+    on_policy=True, distance_decay=0.8, target_weight=1.0, bf16=True,
 )  # fmt: skip
-FINISH_CONFIG = dataclasses.replace(CLLM_CONFIG, epochs=4.5, learning_rate=5e-4, target_weight=1.0)
+DRAFT_STEPS, DRAFT_WARM_UP = 500, 0.75
+MEDUSA_HEADS, MEDUSA_STEPS = 4, 400
 
 
 def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -71,8 +82,30 @@ def cross(questions: list[dict], count: int, seed: int = 0) -> list[dict]:
         size = min(rng.randint(1, 4), len(words), len(other))
         here, there = rng.randint(0, len(words) - size), rng.randint(0, len(other) - size)
         words[here : here + size] = other[there : there + size]
-        crossed.append({"db_id": row["db_id"], "question": " ".join(words)})
+        crossed.append({key: row[key] for key in row if key != "query"} | {"question": " ".join(words)})
     return crossed
+
+
+def blend(questions: list[dict], seed: int = 0) -> list[dict]:
+    """For each question one that begins like it and ends like another with the same query, where there is such a one
+    and the blend names every value of the query that both name."""
+    rng = random.Random(seed)
+    alike: dict[tuple[str, str], list[dict]] = {}
+    for row in questions:
+        alike.setdefault((row["db_id"], canonical_sql(row["query"])), []).append(row)
+    blends = []
+    for (_, query), rows in alike.items():
+        values = [value.strip("'%").lower() for value in _VALUE.findall(query)]
+        for row in rows:
+            others = [other for other in rows if other["question"] != row["question"]]
+            if not others:
+                continue
+            words, tail = row["question"].split(), rng.choice(others)["question"].split()
+            share = rng.uniform(0.2, 0.8)
+            question = " ".join(words[: round(share * len(words))] + tail[round(share * len(tail)) :])
+            if all(value in question.lower() for value in values if value in row["question"].lower()):
+                blends.append(row | {"question": question})
+    return blends
 
 
 class _Schema:
@@ -172,6 +205,78 @@ def _question(schema: _Schema, rng: random.Random) -> tuple[str, str] | None:
     return None
 
 
+def show_schemas(questions: list[dict], schemas: list[dict]) -> list[dict]:
+    """The questions with the text of their database's schema, which :func:`cllm_kernels.spider.prompt_for` shows."""
+    texts = {entry["db_id"]: schema_text(columns_of(entry)) for entry in schemas}
+    return [row | {"schema": texts[row["db_id"]]} for row in questions]
+
+
+def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> list[dict]:
+    """The questions on other schemas: the tables that their queries name, among tables of other databases.
+
+    Up to ``TOGETHER`` questions of one database share a schema. Tables and columns come in random order, so that a
+    model has to look where a name stands instead of learning each database by heart.
+    """
+    rng = random.Random(seed)
+    tables = {entry["db_id"]: columns_of(entry) for entry in schemas}
+    others = [item for own in tables.values() for item in own.items() if item[1]]
+    of_database: dict[str, list[dict]] = {}
+    for row in rng.sample(questions, len(questions)):
+        of_database.setdefault(row["db_id"], []).append(row)
+    mixed = []
+    for name, rows in of_database.items():
+        for first in range(0, len(rows), TOGETHER):
+            bundle = rows[first : first + TOGETHER]
+            words = {word for row in bundle for word in tokenize(row["query"])}
+            chosen = {table: columns for table, columns in tables[name].items() if table in words}
+            for table, columns in rng.sample(others, min(rng.randint(1, 3), len(others))):
+                chosen.setdefault(table, columns)
+            order = rng.sample(sorted(chosen), len(chosen))
+            schema = schema_text({table: rng.sample(chosen[table], len(chosen[table])) for table in order})
+            shown = {"db_id": rng.choice((name, "db")), "schema": schema}
+            mixed += [row | shown for row in bundle]
+    return mixed
+
+
+def invent_schemas(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
+    """Schemas of databases that there are not: tables of different databases, with some columns of other tables."""
+    rng = random.Random(seed)
+    pool = [
+        (name, words, kind)
+        for entry in schemas
+        for (table, name), (_, words), kind in zip(
+            entry["column_names_original"], entry["column_names"], entry["column_types"], strict=True
+        )
+        if table >= 0 and " " not in name
+    ]
+    sources = [(entry, table) for entry in schemas for table in range(len(entry["table_names_original"]))]
+    invented = []
+    for number in range(count):
+        made: dict = {"db_id": f"db_{number}", "foreign_keys": []}
+        made |= {"table_names_original": [], "table_names": [], "column_types": ["text"]}
+        made |= {"column_names_original": [[-1, "*"]], "column_names": [[-1, "*"]]}
+        for entry, table in rng.sample(sources, min(rng.randint(2, 4), len(sources))):
+            if entry["table_names_original"][table] in made["table_names_original"]:
+                continue
+            own = [index for index, (owner, _) in enumerate(entry["column_names_original"]) if owner == table]
+            columns = {}
+            for index in own[:12]:
+                original = (
+                    entry["column_names_original"][index][1], entry["column_names"][index][1], entry["column_types"][index]
+                )  # fmt: skip
+                name, words, kind = original if rng.random() < 0.5 else rng.choice(pool)
+                columns.setdefault(name.lower(), (name, words, kind))
+            at = len(made["table_names_original"])
+            made["table_names_original"].append(entry["table_names_original"][table])
+            made["table_names"].append(entry["table_names"][table])
+            for name, words, kind in columns.values():
+                made["column_names_original"].append([at, name])
+                made["column_names"].append([at, words])
+                made["column_types"].append(kind)
+        invented.append(made)
+    return invented
+
+
 def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
     """A byte-level BPE over prompts and canonical queries."""
     tokenizer = Tokenizer(models.BPE())
@@ -183,7 +288,10 @@ def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for row in questions for text in (prompt_for(row), canonical_sql(row["query"]))]
+    texts = [
+        text for row in questions for text in (f"{row['db_id']} : {row['question']}\n", canonical_sql(row["query"]))
+    ]
+    texts += sorted({row["schema"] for row in questions if "schema" in row})
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -215,97 +323,158 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
 
 
 def encode(questions: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
-    """Training rows without states: the prompt and the canonical query with its EOS."""
+    """Training rows without states: the prompt, what it shares with others, and the canonical query with its EOS."""
     prompts = tokenizer([prompt_for(row) for row in questions])["input_ids"]
+    prefixes = prefixes_of(tokenizer, questions)
     outputs = tokenizer([canonical_sql(row["query"]) for row in questions])["input_ids"]
     return [
-        {"prompt_ids": prompt, "output_ids": output + [tokenizer.eos_token_id]}
-        for prompt, output in zip(prompts, outputs, strict=True)
+        {"prompt_ids": prompt, "prefix_length": len(prefix), "output_ids": output + [tokenizer.eos_token_id]}
+        for prompt, prefix, output in zip(prompts, prefixes, outputs, strict=True)
     ]
 
 
-def load(data: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
-    """Training questions, held-out questions, and the schemas of the training databases."""
+def prefixes_of(tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> list[list[int]]:
+    """The tokens of the schema that each prompt begins with; none where it shows no schema."""
+    return tokenizer([prompt_prefix(row) if "schema" in row else "" for row in questions])["input_ids"]
+
+
+def load(data: str | Path, schema: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training questions, held-out questions, and the schemas of the training databases, which the questions show if
+    ``schema`` is True."""
     data = Path(data)
     training, held_out = split(read_questions(data / "train.jsonl"))
     databases = {row["db_id"] for row in training}
-    schemas = [entry for entry in json.loads((data / "tables.json").read_text()) if entry["db_id"] in databases]
+    schemas = [entry for entry in read_schemas(data) if entry["db_id"] in databases]
+    if schema:
+        training, held_out = show_schemas(training, schemas), show_schemas(held_out, schemas)
     return training, held_out, schemas
 
 
-def build_target(data: str | Path, output_dir: str | Path, config: TrainConfig = TARGET_CONFIG) -> dict:
-    """Trains the target from scratch on real and synthetic questions; returns its training record."""
-    training, held_out, schemas = load(data)
+def read_schemas(data: str | Path) -> list[dict]:
+    """The entries of Spider's ``tables.json``."""
+    return json.loads((Path(data) / "tables.json").read_text())
+
+
+def shows_schemas(target: str | Path) -> bool:
+    """Whether a target was trained with the schema in the prompt."""
+    return json.loads((Path(target) / "training_record.json").read_text())["data"].get("schema", False)
+
+
+def build_target(data: str | Path, output_dir: str | Path, schema: bool = False) -> dict:
+    """Trains the target from scratch on real and synthetic questions; returns its training record.
+
+    With ``schema`` the prompts show the schema, and the real questions come a second time on mixed schemas
+    (:func:`mix_schemas`), beside synthetic ones on invented schemas.
+    """
+    training, held_out, schemas = load(data, schema)
     synthetic = synthesize(schemas, SYNTHETIC)
+    more: list[dict] = []
+    if schema:
+        synthetic = show_schemas(synthetic, schemas)
+        invented = invent_schemas(schemas, INVENTED // TOGETHER)
+        more = mix_schemas(training, schemas) + show_schemas(synthesize(invented, INVENTED, seed=1), invented)
     tokenizer = make_tokenizer(training + synthetic)
     notes = {
         "data": {
             "source": "Spider 1.0 train.jsonl (CC BY-SA 4.0)",
+            "schema": schema,
             "training_questions": len(training),
             "held_out_questions": len(held_out),
             "synthetic_questions": len(synthetic),
+            "questions_on_other_schemas": len(more),
         }
     }
-    rows = encode(training + synthetic, tokenizer)
+    rows, config = encode(training + synthetic + more, tokenizer), SCHEMA_CONFIG if schema else TARGET_CONFIG
     return train(make_model(tokenizer, config.seed), tokenizer, rows, output_dir, config, notes)
 
 
-def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Trains the CLLM in two stages on trajectories of the target; returns the record of the second, with the first's.
+def collect_answers(data: str | Path, target: str | Path, work: str | Path) -> dict:
+    """Writes the target's answers to ``work``, to the training questions and to blended and crossed ones; returns what
+    collecting them found.
 
-    First, on the training questions. Where a trajectory is there, the autoregressive loss takes the target's own
-    output, as the paper does; the other questions keep their gold query and blocks of random drafts. Then, at a lower
-    learning rate, on the same and on the target's answers to crossed questions, with the KL to the target: what a
-    model says to questions that it knows by heart does not tell how it answers new ones.
-
-    ``work`` gets the trajectories and the model of the first stage. A sample of the held-out questions is written
-    beside the CLLM, for the demo.
+    What a model says to questions that it knows by heart does not tell how it answers new ones.
     """
-    training, held_out, _ = load(data)
-    random.Random(0).shuffle(training)
+    training, _, _ = load(data, shows_schemas(target))
     model, tokenizer = load_model(target)
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
-    summaries = {}
-
-    def answers(name: str, questions: list[dict], block_size: int) -> list[dict]:
+    blended = blend(training, seed=3)
+    blended = random.Random(0).sample(blended, min(BLENDED, len(blended)))
+    asked = dict(zip(ANSWERS, (training, blended, cross(training, CROSSED)), strict=True))
+    config = JacobiConfig(block_size=2)  # only the answers are wanted, and this comes to them at the least cost
+    found = {}
+    for name, questions in asked.items():
         prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
-        path, config = work / f"{name}.jsonl", JacobiConfig(block_size=block_size)
-        summaries[name] = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
-        return read_rows(path)
+        shared = [len(prefix) for prefix in prefixes_of(tokenizer, questions)]
+        path = work / f"{name}.jsonl"
+        found[name] = collect(
+            model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared
+        )
+    return found
 
+
+def read_answers(work: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """What :func:`collect_answers` wrote, without the answers that have no end or run into repetition."""
+    rows = [row for name in ANSWERS for row in read_rows(Path(work) / f"{name}.jsonl", tokenizer)]
+    return [row for row in rows if row["finished"] and not is_degenerate(row["output_ids"])]
+
+
+def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
+    """Trains the CLLM from the target on the target's answers; returns the record.
+
+    States begin with random drafts anywhere in an answer and move on with the model that is trained. Beside the
+    cross entropy on the answers, the KL to the target keeps it close where prompts are noisy. ``work`` gets the
+    answers. A sample of the held-out questions is written beside the CLLM, for the demo.
+    """
+    _, held_out, _ = load(data, shows_schemas(target))
+    begin = time.perf_counter()
+    found = collect_answers(data, target, work)
+    model, tokenizer = load_model(target)
     rng = random.Random(0)
-
-    def with_states(row: dict) -> dict:
-        return row | {"states": initial_states(row, BLOCK_SIZE, rng)}
-
-    rows = answers("training", training[:TRAJECTORIES], BLOCK_SIZE)
-    rows += map(with_states, encode(training[TRAJECTORIES:], tokenizer))
-    # Only the answers are wanted of these, and blocks of 2 come to them at the least cost.
-    crossed = answers("crossed", cross(training, CROSSED), 2)
-    crossed = [with_states(row) for row in crossed if row["finished"] and not is_degenerate(row["output_ids"])]
-    notes = {"start": "spider-target", "block_size": BLOCK_SIZE, "trajectories": summaries["training"]}
-    first = train(model, tokenizer, rows, work / "first-stage", CLLM_CONFIG, notes)
+    rows = [row | {"states": initial_states(row, BLOCK_SIZE, rng)} for row in read_answers(work, tokenizer)]
     notes = {
-        "start": "the model of the first stage",
-        "crossed": summaries["crossed"],
-        "crossed_rows": len(crossed),
-        "first_stage": first,
+        "start": "spider-target",
+        "block_size": BLOCK_SIZE,
+        "answers": found,
+        "collect_seconds": round(time.perf_counter() - begin, 1),
     }
-    record = train(model, tokenizer, rows + crossed, output_dir, FINISH_CONFIG, notes, target=load_model(target)[0])
+    record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes, target=load_model(target)[0])
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in random.Random(0).sample(held_out, SAMPLE))
     return record
 
 
-def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
+def build_baselines(models: str | Path, work: str | Path) -> None:
+    """Distils ``spider-draft`` from the target, and trains Medusa-style heads, ``spider-target/medusa.safetensors``.
+
+    On the answers that :func:`collect_answers` wrote.
+    """
+    models = Path(models)
+    model, tokenizer = load_model(models / "spider-target")
+    rows = read_answers(work, tokenizer)
+    record = distil_draft(model, tokenizer, rows, models / "spider-draft", 1, DRAFT_STEPS, DRAFT_WARM_UP)
+    (models / "spider-draft" / "README.md").write_text(draft_card(record))
+    train_medusa(model, tokenizer, rows, models / "spider-target" / "medusa.safetensors", MEDUSA_HEADS, MEDUSA_STEPS)
+
+
+def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> list[dict]:
     """Evaluates both models on all held-out questions.
 
-    Writes ``evaluation.json`` and a model card into each model's folder. Half of the held-out questions have a
+    Writes these to ``work/held_out.jsonl``, and Spider's ``dev.jsonl``, whose databases are unknown to the models, to
+    ``work/dev.jsonl``, both with schemas if the target was trained so: ``cllm-train evaluate`` takes them.
+
+    Writes ``evaluation.json`` and a model card into each model's folder. Four of five held-out questions have a
     paraphrase with the same query among the training questions; exact match is given for both kinds.
     """
-    training, held_out, _ = load(data)
-    models = Path(models)
+    models, work = Path(models), Path(work)
+    schema = shows_schemas(models / "spider-target")
+    training, held_out, _ = load(data, schema)
+    unknown = read_questions(Path(data) / "dev.jsonl")
+    if schema:
+        unknown = show_schemas(unknown, read_schemas(data))
+    work.mkdir(parents=True, exist_ok=True)
+    for name, questions in (("held_out", held_out), ("dev", unknown)):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     seen = {(row["db_id"], canonical_sql(row["query"])) for row in training}
     kinds = [(row["db_id"], canonical_sql(row["query"])) in seen for row in held_out]
     paths = {name: models / f"spider-{name}" for name in ("target", "cllm")}
@@ -326,10 +495,30 @@ def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
 _ABOUT = {
     "target": "Trained from scratch on Spider's training questions and on questions made by templates from the "
     "schemas of the same databases.",
-    "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on "
-    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards; in a "
-    "second stage also on the target's answers to questions that were crossed out of two.",
+    "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on the "
+    "target's answers to the training questions and to blended and crossed ones, over Jacobi states that move on with "
+    "the model while it trains, so that Jacobi decoding needs few forwards.",
 }
+
+
+_HEAD = ["---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: text-generation", "---"]
+
+
+def draft_card(record: dict) -> str:
+    """The README of the bundled draft model."""
+    last = record["history"][-20:]
+    return "\n".join([
+        *_HEAD,
+        "# spider-draft",
+        "",
+        f"A draft model of {record['parameters'] / 1e6:.1f} million parameters for `spider-target`: its first layer and "
+        "its embeddings, distilled from it by the forward KL on its answers and then by the reverse KL on the draft's "
+        f"own samples ({record['steps']} steps, at the end {sum(last) / len(last):.2f} nats a token). For transformers' "
+        "assisted generation, beside which Jacobi decoding is measured. Made by `cllm-train spider --stage baselines`.",
+        "",
+        "Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0.",
+        "",
+    ])  # fmt: skip
 
 
 def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
@@ -340,11 +529,7 @@ def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
         if stage
     ]
     lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
+        *_HEAD,
         f"# spider-{name}",
         "",
         f"A Llama of {record['parameters'] / 1e6:.1f} million parameters that writes SQL for questions on the "

@@ -348,7 +348,7 @@ def train(
         trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     dataset = TrajectoryDataset(
         kept, config.noisy_blocks, config.augment, config.on_policy, config.seed, config.schedule, config.cycle,
-        config.chained, config.consistency == "local", config.ar_on == "truth", config.prompt_noise,
+        config.chained, config.consistency == "local", config.ar_on == "truth",
     )  # fmt: skip
     if target is not None:
         target = target.eval().to(arguments.device)

@@ -196,23 +196,6 @@ def test_bundles_share_their_prefix():
     assert orders[0] != orders[1]
 
 
-def test_noise_in_prompts():
-    row = {"prompt_ids": list(range(10, 50)), "prefix_length": 10, "output_ids": [25, 90, 1]}
-    dataset = TrajectoryDataset([row], prompt_noise=0.5)
-    visits = []
-    for epoch in range(20):
-        dataset.set_epoch(epoch)
-        visits.append(dataset[0]["input_ids"])
-        assert dataset[0]["input_ids"] == visits[-1]
-    for place, token in enumerate(row["prompt_ids"] + row["output_ids"]):
-        there = [visit[place] for visit in visits]
-        if place < 10 or place >= 39 or token == 25:
-            assert set(there) == {token}
-        else:
-            assert 1 <= sum(other != token for other in there) and set(there) <= set(range(20, 50))
-    assert sum(a != b for visit in visits for a, b in zip(visit, row["prompt_ids"], strict=False)) > 200
-
-
 def test_without_states_there_is_no_consistency_loss():
     batch = collate(draw(blocks=0), PAD)
     assert set(batch) == {"input_ids", "position_ids", "labels", "outputs", "seen", "group"}

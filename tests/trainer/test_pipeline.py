@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
 from cllm_kernels.comparison import load_model
-from cllm_kernels.spider import prompt_for
+from cllm_kernels.spider import prompt_for, read_questions
 
 SCHEMA = {
     "db_id": "shop",
@@ -109,6 +110,65 @@ def test_split_is_fixed_and_disjoint():
     assert len(held_out) == 10 and len(training) == 190
     assert sorted(training + held_out, key=lambda row: int(row["question"])) == rows
     assert spider.split(rows) == (training, held_out)
+
+
+def test_blends_mean_the_same():
+    ask = "select name from singer where country = 'France'"
+    questions = [
+        {"db_id": "a", "question": "Show the names of all singers from France .", "query": ask},
+        {"db_id": "a", "question": "Which singers are French, from France , and how are they called?", "query": ask},
+        {"db_id": "b", "question": "Singers in France ?", "query": ask},
+        {"db_id": "a", "question": "How many are there?", "query": "select count(*) from singer"},
+    ]
+    seen = set()
+    for seed in range(30):
+        blends = spider.blend(questions, seed)
+        assert blends == spider.blend(questions, seed)
+        for row in blends:
+            assert row["db_id"] == "a" and row["query"] == ask and "France" in row["question"]
+            seen.add(row["question"])
+    assert len(seen) > 5 and not seen & {row["question"] for row in questions}
+
+
+@pytest.mark.parametrize("schema", [False, True])
+def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
+    """Every stage on 90 questions, with a few steps each; what it writes loads, and evaluates with all baselines."""
+    data, models, work = tmp_path / "data", tmp_path / "models", tmp_path / "work"
+    data.mkdir()
+    questions = spider.synthesize([SCHEMA], 60)
+    questions += [row | {"question": f"Now tell me: {row['question']}"} for row in questions[:30]]
+    monkeypatch.setattr(spider, "HELD_OUT", 0.2)  # some of either kind, with their query among the others and without
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (data / "dev.jsonl").write_text(json.dumps(questions[0]) + "\n")
+    (data / "tables.json").write_text(json.dumps([SCHEMA]))
+    for name in ("TARGET_CONFIG", "SCHEMA_CONFIG", "CLLM_CONFIG"):
+        short = {"epochs": 0.3, "batch_size": 8, "warmup_steps": 1, "drop_degenerate": False}
+        monkeypatch.setattr(spider, name, dataclasses.replace(getattr(spider, name), **short))
+    for name, value in {"SYNTHETIC": 20, "INVENTED": 16, "CROSSED": 8, "BLENDED": 4, "DRAFT_STEPS": 2, "DRAFT_WARM_UP": 0.5,
+                        "MEDUSA_STEPS": 2, "MAX_NEW_TOKENS": 12, "SAMPLE": 2}.items():  # fmt: skip
+        monkeypatch.setattr(spider, name, value)
+    monkeypatch.setattr(spider, "read_answers", lambda work, tokenizer: [
+        row for name in spider.ANSWERS for row in read_rows(work / f"{name}.jsonl", tokenizer)
+    ])  # fmt: skip  # models of a few steps end no answer
+    options = ["spider", "--data", str(data), "--output", str(models), "--work", str(work), *["--schema"] * schema]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((models / "spider-cllm" / "training_record.json").read_text())
+    assert set(record["answers"]) == set(spider.ANSWERS)
+    for name in ("target", "cllm", "draft"):
+        assert (models / f"spider-{name}" / "README.md").read_text().startswith("---\nlicense")
+    for path in (models / "spider-cllm" / "held_out_sample.jsonl", work / "held_out.jsonl", work / "dev.jsonl"):
+        assert all(("schema" in row) == schema for row in read_questions(path))
+    assert all((row["prefix_length"] > 0) == schema for row in read_rows(work / "crossed.jsonl"))
+    options = ["evaluate", "--target", str(models / "spider-target"), "--cllm", str(models / "spider-cllm"),
+               "--draft", str(models / "spider-draft"), "--medusa", str(models / "spider-target" / "medusa.safetensors"),
+               "--questions", str(work / "held_out.jsonl"), "--output", str(tmp_path / "rows.json"), "--lookup",
+               "--max-new-tokens", "8", "--limit", "1"]  # fmt: skip
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    assert {row["method"] for row in json.loads((tmp_path / "rows.json").read_text())} == {
+        "hf_ar", "jacobi_window", "jacobi_block", "prompt_lookup", "draft_model", "medusa"
+    }  # fmt: skip
 
 
 def test_record_and_saved_weights(target):
