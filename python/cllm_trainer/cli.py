@@ -258,7 +258,9 @@ def settings() -> None:
 def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl and tables.json.")],
     output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.")] = Path("models"),
-    work: Annotated[Path, typer.Option(help="The target's answers and the held-out questions go here.")] = Path("runs/spider"),
+    work: Annotated[
+        Path, typer.Option(help="The target's answers and the held-out questions go here.")
+    ] = Path("runs/spider"),
     stage: Annotated[str, typer.Option(help="target, cllm, baselines, evaluate, or all of them in turn.")] = "all",
     schema: Annotated[
         bool, typer.Option(help="The target gets the schema in its prompt; what follows from it does as it does.")

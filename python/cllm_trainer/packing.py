@@ -195,12 +195,14 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
         ``input_ids``, ``position_ids``, ``labels`` int64 ``[B, T]`` (labels on the output only, or on the ground
         truth only, already shifted: ``labels[t]`` is the token that position ``t`` predicts), ``outputs`` bool
         ``[B, T]`` (the positions that predict the output), and ``seen`` and ``group`` int64 ``[B, T]``, what
-        :func:`dense_mask` and :func:`mask_mod` make the mask of; the group is -1 in padding. Where there is a noisy block, ``student`` and ``teacher`` int64 ``[M]``: indices into the
-        flattened ``B * T`` positions whose predictions shall agree, ``distance`` int64 ``[M]``: 1 at the first wrong
-        draft of a block, one more at each draft behind it, 0 before it (where the student sees what the teacher
-        sees), and ``blocks``, a list with the row's index, the number of the state, ``start`` and the drafts of
-        each block, in the order of ``student``. Where prompts have prefixes, ``prefix_ids`` int64 ``[P, S]``, padded
-        at their ends, ``prefix_lengths`` int64 ``[P]``, and ``prefix_of`` int64 ``[B]``, the prefix of each row.
+        :func:`dense_mask` and :func:`mask_mod` make the mask of; the group is -1 in padding.
+
+        Where there is a noisy block, ``student`` and ``teacher`` int64 ``[M]``: indices into the flattened ``B * T``
+        positions whose predictions shall agree, ``distance`` int64 ``[M]``: 1 at the first wrong draft of a block, one
+        more at each draft behind it, 0 before it (where the student sees what the teacher sees), and ``blocks``, a
+        list with the row's index, the number of the state, ``start`` and the drafts of each block, in the order of
+        ``student``. Where prompts have prefixes, ``prefix_ids`` int64 ``[P, S]``, padded at their ends,
+        ``prefix_lengths`` int64 ``[P]``, and ``prefix_of`` int64 ``[B]``, the prefix of each row.
     """
     prefixes: dict[tuple[int, ...], int] = {}
     prefix_of = []

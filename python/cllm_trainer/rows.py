@@ -7,8 +7,8 @@ A row is a JSON object, one a line of a JSONL file. A row holds one output with 
 - ``states``: what Jacobi decoding stood at on its way there, a list of ``[start, drafts]`` in their order: ``start``
   tokens of the output were committed, and ``drafts`` stood at output positions ``start, start + 1, ...``. Rows
   without states train the autoregressive loss alone;
-- ``prefix_length``, where it is there: how many tokens the prompt shares with those of other rows at its beginning, such
-  as a database's schema. A batch computes what its rows share once.
+- ``prefix_length``, where it is there: how many tokens the prompt shares with those of other rows at its beginning,
+  such as a database's schema. A batch computes what its rows share once.
 
 ``collect`` adds what says where a row comes from; the trainer checks it where it is there:
 

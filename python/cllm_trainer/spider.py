@@ -129,6 +129,32 @@ class _Schema:
         self.usable = [index for index, columns in enumerate(self.columns) if len(columns) >= 2]
 
 
+def invent_schemas(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
+    """Schemas of databases that there are not: tables of different databases, with some columns of other tables."""
+    rng = random.Random(seed)
+    databases = list(map(_Schema, schemas))
+    tables = [item for own in databases for item in zip(own.tables, own.columns, strict=True) if item[1]]
+    pool = [column for _, columns in tables for column in columns]
+    invented = []
+    for number in range(count):
+        names, columns = [], [(-1, ("*", "*", "text"))]  # in Spider's files the first column is all of them
+        for name, own in rng.sample(tables, min(rng.randint(2, 4), len(tables))):
+            if name not in names:
+                chosen = {new[0]: new for new in (rng.choice((old, rng.choice(pool))) for old in own[:12])}
+                columns += [(len(names), column) for column in chosen.values()]
+                names.append(name)
+        invented.append({
+            "db_id": f"db_{number}",
+            "table_names_original": [original for original, _ in names],
+            "table_names": [words for _, words in names],
+            "column_names_original": [[table, original] for table, (original, _, _) in columns],
+            "column_names": [[table, words] for table, (_, words, _) in columns],
+            "column_types": [kind for _, (_, _, kind) in columns],
+            "foreign_keys": [],
+        })  # fmt: skip
+    return invented
+
+
 def synthesize(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
     """Questions made by templates from tables and columns of ``schemas`` (entries of Spider's tables.json)."""
     rng = random.Random(seed)
@@ -236,45 +262,6 @@ def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> li
             shown = {"db_id": rng.choice((name, "db")), "schema": schema}
             mixed += [row | shown for row in bundle]
     return mixed
-
-
-def invent_schemas(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
-    """Schemas of databases that there are not: tables of different databases, with some columns of other tables."""
-    rng = random.Random(seed)
-    pool = [
-        (name, words, kind)
-        for entry in schemas
-        for (table, name), (_, words), kind in zip(
-            entry["column_names_original"], entry["column_names"], entry["column_types"], strict=True
-        )
-        if table >= 0 and " " not in name
-    ]
-    sources = [(entry, table) for entry in schemas for table in range(len(entry["table_names_original"]))]
-    invented = []
-    for number in range(count):
-        made: dict = {"db_id": f"db_{number}", "foreign_keys": []}
-        made |= {"table_names_original": [], "table_names": [], "column_types": ["text"]}
-        made |= {"column_names_original": [[-1, "*"]], "column_names": [[-1, "*"]]}
-        for entry, table in rng.sample(sources, min(rng.randint(2, 4), len(sources))):
-            if entry["table_names_original"][table] in made["table_names_original"]:
-                continue
-            own = [index for index, (owner, _) in enumerate(entry["column_names_original"]) if owner == table]
-            columns = {}
-            for index in own[:12]:
-                original = (
-                    entry["column_names_original"][index][1], entry["column_names"][index][1], entry["column_types"][index]
-                )  # fmt: skip
-                name, words, kind = original if rng.random() < 0.5 else rng.choice(pool)
-                columns.setdefault(name.lower(), (name, words, kind))
-            at = len(made["table_names_original"])
-            made["table_names_original"].append(entry["table_names_original"][table])
-            made["table_names"].append(entry["table_names"][table])
-            for name, words, kind in columns.values():
-                made["column_names_original"].append([at, name])
-                made["column_names"].append([at, words])
-                made["column_types"].append(kind)
-        invented.append(made)
-    return invented
 
 
 def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
@@ -488,7 +475,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
         own = [row for row in rows if row["model"] == name]
         (path / "evaluation.json").write_text(json.dumps(own, indent=1) + "\n")
         record = json.loads((path / "training_record.json").read_text())
-        (path / "README.md").write_text(model_card(name, record, own))
+        (path / "README.md").write_text(model_card(name, record, own, schema))
     return rows
 
 
@@ -511,23 +498,29 @@ def draft_card(record: dict) -> str:
         *_HEAD,
         "# spider-draft",
         "",
-        f"A draft model of {record['parameters'] / 1e6:.1f} million parameters for `spider-target`: its first layer and "
-        "its embeddings, distilled from it by the forward KL on its answers and then by the reverse KL on the draft's "
-        f"own samples ({record['steps']} steps, at the end {sum(last) / len(last):.2f} nats a token). For transformers' "
-        "assisted generation, beside which Jacobi decoding is measured. Made by `cllm-train spider --stage baselines`.",
+        f"A draft model of {record['parameters'] / 1e6:.1f} million parameters for `spider-target`: its first layer "
+        "and its embeddings, distilled from it by the forward KL on its answers and then by the reverse KL on the draft's "
+        f"own samples ({record['steps']} steps, at the end {sum(last) / len(last):.2f} nats a token). For "
+        "transformers' assisted generation, beside which Jacobi decoding is measured. Made by `cllm-train spider --stage baselines`.",
         "",
         "Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0.",
         "",
     ])  # fmt: skip
 
 
-def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
+def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = False) -> str:
     """The README of a bundled model: what it is, how it was made, what it does on the held-out questions."""
-    stages = [
-        f"{stage['steps']} steps on {stage['rows']} rows in {stage['seconds'] / 60:.0f} minutes"
-        for stage in (record.get("first_stage"), record)
-        if stage
-    ]
+    prompt, known = "`{db_id} : {question}` and a newline", (
+        "The prompt names the database and not its schema, so databases outside Spider's training set are unknown "
+        "to it."
+    )
+    if schema:
+        prompt, known = "`{db_id} : {schema}`, a newline, `{question}` and a newline", (
+            "The prompt shows the schema, as `cllm_kernels.spider.schema_text` writes it."
+        )
+    taken = f"{record['seconds'] / 60:.0f} minutes on {record['threads']} CPU threads"
+    if "cpu_seconds" in record:
+        taken = f"{record['cpu_seconds'] / 60:.0f} minutes of CPU time on {record['threads']} threads"
     lines = [
         *_HEAD,
         f"# spider-{name}",
@@ -535,11 +528,10 @@ def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
         f"A Llama of {record['parameters'] / 1e6:.1f} million parameters that writes SQL for questions on the "
         f"databases of Spider's training set. {_ABOUT[name]}",
         "",
-        "It shows and measures Jacobi decoding; it is no general text-to-SQL model. The prompt names the database "
-        "and not its schema, so databases outside Spider's training set are unknown to it.",
+        f"It shows and measures Jacobi decoding; it is no general text-to-SQL model. {known}",
         "",
-        "- Prompt: `{db_id} : {question}` and a newline; output: the query in lower case, `<eos>`.",
-        f"- Training: {' and then '.join(stages)} on {record['threads']} CPU threads; settings and losses in "
+        f"- Prompt: {prompt}; output: the query in lower case, `<eos>`.",
+        f"- Training: {record['steps']} steps on {record['rows']} rows in {taken}; settings and losses in "
         "`training_record.json`.",
         "- Made by `make models`, which also wrote this card.",
         "- Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0; 5 % of the training questions are held out. "
@@ -547,7 +539,8 @@ def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
         "",
         f"On the {evaluation[0]['prompts']} held-out questions, fp32 (`evaluation.json`):",
         "",
-        "| method | n | tokens per forward | equal to AR | exact match | of queries seen in training | of new queries | degenerate |",
+        "| method | n | tokens per forward | equal to AR | exact match | of queries seen in training | of new queries "
+        "| degenerate |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in evaluation:

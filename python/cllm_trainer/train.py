@@ -371,7 +371,7 @@ def train(
             trainer.add_callback(callback)
         if checkpoint is not None:
             checkpoints.restore(checkpoint)
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.accelerator.get_state_dict(trainer.model)
     record = {
@@ -384,6 +384,7 @@ def train(
         "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),  # of all threads; what a shared machine leaves out
         "processes": arguments.world_size,
         "distributed": trainer.accelerator.distributed_type.value,
         "threads": torch.get_num_threads(),

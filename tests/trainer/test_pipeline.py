@@ -130,6 +130,26 @@ def test_blends_mean_the_same():
     assert len(seen) > 5 and not seen & {row["question"] for row in questions}
 
 
+def test_schemas_that_are_mixed_and_invented():
+    """The tables and columns that a query names stay, among others in another order."""
+    other = {**SCHEMA, "db_id": "bar", "table_names_original": ["Drink", "Guest"]}
+    questions = [row for row in spider.synthesize([SCHEMA], 60) if row["db_id"] == "shop"]
+    mixed = spider.mix_schemas(questions, [SCHEMA, other])
+    assert len(mixed) == len(questions) and mixed == spider.mix_schemas(questions, [SCHEMA, other])
+    for row in mixed:
+        shown = dict(part.split(" : ") for part in row["schema"].split(" | "))
+        for table in {"customer", "order_item"} & set(spider.tokenize(row["query"])):
+            assert set(shown[table].split(", ")) == set(spider.columns_of(SCHEMA)[table])
+    assert len({row["schema"] for row in mixed}) > 4 and any("drink : " in row["schema"] for row in mixed)
+    prompts = [prompt_for(row) for row in mixed]
+    assert all(text.startswith(spider.prompt_prefix(row)) for text, row in zip(prompts, mixed, strict=True))
+    invented = spider.invent_schemas([SCHEMA, other], 20)
+    assert len({spider.schema_text(spider.columns_of(entry)) for entry in invented}) > 15
+    for row in spider.show_schemas(spider.synthesize(invented, 100), invented):
+        table = row["query"].split(" from ")[1].split()[0]
+        assert f"{table} : " in row["schema"]
+
+
 @pytest.mark.parametrize("schema", [False, True])
 def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     """Every stage on 90 questions, with a few steps each; what it writes loads, and evaluates with all baselines."""
@@ -157,6 +177,7 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     assert set(record["answers"]) == set(spider.ANSWERS)
     for name in ("target", "cllm", "draft"):
         assert (models / f"spider-{name}" / "README.md").read_text().startswith("---\nlicense")
+    assert ("{schema}" in (models / "spider-cllm" / "README.md").read_text()) == schema
     for path in (models / "spider-cllm" / "held_out_sample.jsonl", work / "held_out.jsonl", work / "dev.jsonl"):
         assert all(("schema" in row) == schema for row in read_questions(path))
     assert all((row["prefix_length"] > 0) == schema for row in read_rows(work / "crossed.jsonl"))
