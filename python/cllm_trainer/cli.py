@@ -259,7 +259,7 @@ def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl and tables.json.")],
     output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.")] = Path("models"),
     work: Annotated[
-        Path, typer.Option(help="The target's answers and the held-out questions go here.")
+        Path, typer.Option(help="Trajectories and the held-out questions go here.")
     ] = Path("runs/spider"),
     stage: Annotated[str, typer.Option(help="target, cllm, baselines, evaluate, or all of them in turn.")] = "all",
     schema: Annotated[
@@ -267,7 +267,7 @@ def spider(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Makes the bundled models: target from scratch, its answers and the CLLM, draft and heads, evaluation."""
+    """Makes the bundled models: target from scratch, trajectories, CLLM, draft and heads, evaluation."""
     if stage not in ("all", "target", "cllm", "baselines", "evaluate"):
         raise typer.BadParameter(f"{stage!r} is not one of all, target, cllm, baselines, evaluate")
     if threads:
@@ -277,7 +277,7 @@ def spider(
     if stage in ("all", "cllm"):
         _spider.build_cllm(data, output / "spider-target", output / "spider-cllm", work)
     if stage in ("all", "baselines"):
-        _spider.build_baselines(output, work)
+        _spider.build_baselines(data, output, work)
     if stage in ("all", "evaluate"):
         _spider.evaluate_models(data, output, work)
 

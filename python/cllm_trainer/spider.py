@@ -12,7 +12,6 @@ import dataclasses
 import json
 import random
 import re
-import time
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -39,17 +38,19 @@ INVENTED = 4000  # questions on schemas that there are not, for targets with the
 TOGETHER = 8  # questions of one database that a batch takes together
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
-BLENDED, CROSSED = 2000, 2000  # questions of these kinds that the target answers
-ANSWERS = ("training", "blended", "crossed")  # questions of which the target's answers are collected
+TRAJECTORIES = 3000
+CROSSED = 6000
+BLENDED = 2000  # and as many crossed questions, which the draft and the heads are trained on
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
 TARGET_CONFIG = TrainConfig(
-    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0, bf16=True
+    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
 )
-SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, prefix_rows=TOGETHER)
+SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, prefix_rows=TOGETHER, bf16=True)
 CLLM_CONFIG = TrainConfig(
-    epochs=4.2, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=8, augment=0.125,
-    on_policy=True, distance_decay=0.8, target_weight=1.0, bf16=True,
+    epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
+    on_policy=True, distance_decay=0.8, drop_degenerate=False,
 )  # fmt: skip
+FINISH_CONFIG = dataclasses.replace(CLLM_CONFIG, epochs=4.5, learning_rate=5e-4, target_weight=1.0)
 DRAFT_STEPS, DRAFT_WARM_UP = 500, 0.75
 MEDUSA_HEADS, MEDUSA_STEPS = 4, 400
 
@@ -275,9 +276,8 @@ def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [
-        text for row in questions for text in (f"{row['db_id']} : {row['question']}\n", canonical_sql(row["query"]))
-    ]
+    bare = [{key: row[key] for key in row if key != "schema"} for row in questions]
+    texts = [text for row in bare for text in (prompt_for(row), canonical_sql(row["query"]))]
     texts += sorted({row["schema"] for row in questions if "schema" in row})
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -375,70 +375,78 @@ def build_target(data: str | Path, output_dir: str | Path, schema: bool = False)
     return train(make_model(tokenizer, config.seed), tokenizer, rows, output_dir, config, notes)
 
 
-def collect_answers(data: str | Path, target: str | Path, work: str | Path) -> dict:
-    """Writes the target's answers to ``work``, to the training questions and to blended and crossed ones; returns what
-    collecting them found.
-
-    What a model says to questions that it knows by heart does not tell how it answers new ones.
-    """
-    training, _, _ = load(data, shows_schemas(target))
-    model, tokenizer = load_model(target)
-    work = Path(work)
-    work.mkdir(parents=True, exist_ok=True)
-    blended = blend(training, seed=3)
-    blended = random.Random(0).sample(blended, min(BLENDED, len(blended)))
-    asked = dict(zip(ANSWERS, (training, blended, cross(training, CROSSED)), strict=True))
-    config = JacobiConfig(block_size=2)  # only the answers are wanted, and this comes to them at the least cost
-    found = {}
-    for name, questions in asked.items():
-        prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
-        shared = [len(prefix) for prefix in prefixes_of(tokenizer, questions)]
-        path = work / f"{name}.jsonl"
-        found[name] = collect(
-            model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared
-        )
-    return found
-
-
-def read_answers(work: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
-    """What :func:`collect_answers` wrote, without the answers that have no end or run into repetition."""
-    rows = [row for name in ANSWERS for row in read_rows(Path(work) / f"{name}.jsonl", tokenizer)]
-    return [row for row in rows if row["finished"] and not is_degenerate(row["output_ids"])]
+def collect_answers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[dict], path: Path, block_size: int
+) -> dict:
+    """Writes a target's answers to questions, as training rows; returns what collecting them found."""
+    prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
+    shared = [len(prefix) for prefix in prefixes_of(tokenizer, questions)]
+    config = JacobiConfig(block_size=block_size)
+    return collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared)
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Trains the CLLM from the target on the target's answers; returns the record.
+    """Trains the CLLM in two stages on trajectories of the target; returns the record of the second, with the first's.
 
-    States begin with random drafts anywhere in an answer and move on with the model that is trained. Beside the
-    cross entropy on the answers, the KL to the target keeps it close where prompts are noisy. ``work`` gets the
-    answers. A sample of the held-out questions is written beside the CLLM, for the demo.
+    First, on the training questions. Where a trajectory is there, the autoregressive loss takes the target's own
+    output, as the paper does; the other questions keep their gold query and blocks of random drafts. Then, at a lower
+    learning rate, on the same and on the target's answers to crossed questions, with the KL to the target: what a
+    model says to questions that it knows by heart does not tell how it answers new ones.
+
+    ``work`` gets the trajectories and the model of the first stage. A sample of the held-out questions is written
+    beside the CLLM, for the demo.
     """
-    _, held_out, _ = load(data, shows_schemas(target))
-    begin = time.perf_counter()
-    found = collect_answers(data, target, work)
+    training, held_out, _ = load(data, shows_schemas(target))
+    random.Random(0).shuffle(training)
     model, tokenizer = load_model(target)
+    work = Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    summaries = {}
+
+    def answers(name: str, questions: list[dict], block_size: int) -> list[dict]:
+        path = work / f"{name}.jsonl"
+        summaries[name] = collect_answers(model, tokenizer, questions, path, block_size)
+        return read_rows(path)
+
     rng = random.Random(0)
-    rows = [row | {"states": initial_states(row, BLOCK_SIZE, rng)} for row in read_answers(work, tokenizer)]
+
+    def with_states(row: dict) -> dict:
+        return row | {"states": initial_states(row, BLOCK_SIZE, rng)}
+
+    rows = answers("training", training[:TRAJECTORIES], BLOCK_SIZE)
+    rows += map(with_states, encode(training[TRAJECTORIES:], tokenizer))
+    # Only the answers are wanted of these, and blocks of 2 come to them at the least cost.
+    crossed = answers("crossed", cross(training, CROSSED), 2)
+    crossed = [with_states(row) for row in crossed if row["finished"] and not is_degenerate(row["output_ids"])]
+    notes = {"start": "spider-target", "block_size": BLOCK_SIZE, "trajectories": summaries["training"]}
+    first = train(model, tokenizer, rows, work / "first-stage", CLLM_CONFIG, notes)
     notes = {
-        "start": "spider-target",
-        "block_size": BLOCK_SIZE,
-        "answers": found,
-        "collect_seconds": round(time.perf_counter() - begin, 1),
+        "start": "the model of the first stage",
+        "crossed": summaries["crossed"],
+        "crossed_rows": len(crossed),
+        "first_stage": first,
     }
-    record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes, target=load_model(target)[0])
+    record = train(model, tokenizer, rows + crossed, output_dir, FINISH_CONFIG, notes, target=load_model(target)[0])
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in random.Random(0).sample(held_out, SAMPLE))
     return record
 
 
-def build_baselines(models: str | Path, work: str | Path) -> None:
+def build_baselines(data: str | Path, models: str | Path, work: str | Path) -> None:
     """Distils ``spider-draft`` from the target, and trains Medusa-style heads, ``spider-target/medusa.safetensors``.
 
-    On the answers that :func:`collect_answers` wrote.
+    On the target's answers to the training questions and to blended and crossed ones, which go to ``work``: what a
+    model says to questions that it knows by heart does not tell how it answers new ones.
     """
-    models = Path(models)
+    models, work = Path(models), Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    training, _, _ = load(data, shows_schemas(models / "spider-target"))
     model, tokenizer = load_model(models / "spider-target")
-    rows = read_answers(work, tokenizer)
+    blended = blend(training, seed=3)
+    blended = random.Random(0).sample(blended, min(BLENDED, len(blended)))
+    path = work / "baselines.jsonl"
+    collect_answers(model, tokenizer, training + blended + cross(training, BLENDED), path, 2)
+    rows = [row for row in read_rows(path) if row["finished"] and not is_degenerate(row["output_ids"])]
     record = distil_draft(model, tokenizer, rows, models / "spider-draft", 1, DRAFT_STEPS, DRAFT_WARM_UP)
     (models / "spider-draft" / "README.md").write_text(draft_card(record))
     train_medusa(model, tokenizer, rows, models / "spider-target" / "medusa.safetensors", MEDUSA_HEADS, MEDUSA_STEPS)
@@ -482,9 +490,9 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
 _ABOUT = {
     "target": "Trained from scratch on Spider's training questions and on questions made by templates from the "
     "schemas of the same databases.",
-    "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on the "
-    "target's answers to the training questions and to blended and crossed ones, over Jacobi states that move on with "
-    "the model while it trains, so that Jacobi decoding needs few forwards.",
+    "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on "
+    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards; in a "
+    "second stage also on the target's answers to questions that were crossed out of two.",
 }
 
 
@@ -518,9 +526,11 @@ def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = F
         prompt, known = "`{db_id} : {schema}`, a newline, `{question}` and a newline", (
             "The prompt shows the schema, as `cllm_kernels.spider.schema_text` writes it."
         )
-    taken = f"{record['seconds'] / 60:.0f} minutes on {record['threads']} CPU threads"
-    if "cpu_seconds" in record:
-        taken = f"{record['cpu_seconds'] / 60:.0f} minutes of CPU time on {record['threads']} threads"
+    stages = [
+        f"{stage['steps']} steps on {stage['rows']} rows in {stage['seconds'] / 60:.0f} minutes"
+        for stage in (record.get("first_stage"), record)
+        if stage
+    ]
     lines = [
         *_HEAD,
         f"# spider-{name}",
@@ -531,7 +541,7 @@ def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = F
         f"It shows and measures Jacobi decoding; it is no general text-to-SQL model. {known}",
         "",
         f"- Prompt: {prompt}; output: the query in lower case, `<eos>`.",
-        f"- Training: {record['steps']} steps on {record['rows']} rows in {taken}; settings and losses in "
+        f"- Training: {' and then '.join(stages)} on {record['threads']} CPU threads; settings and losses in "
         "`training_record.json`.",
         "- Made by `make models`, which also wrote this card.",
         "- Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0; 5 % of the training questions are held out. "
