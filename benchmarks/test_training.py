@@ -1,6 +1,6 @@
-"""What a consistency step costs beside a plain fine-tuning step on as many tokens: forward, losses and backward.
+"""What a consistency step costs: beside a plain fine-tuning step on as many tokens, and by attention and precision.
 
-Rounds are interleaved. The original trainer makes three forwards and two backwards of the clean sequences for one
+A step is forward, losses and backward. Rounds are interleaved. The original trainer makes three forwards and two backwards of the clean sequences for one
 noisy block (github.com/hao-ai-lab/Consistency_LLM, cllm/cllm_trainer_global.py).
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from cllm_trainer.losses import packed_forward
+from cllm_trainer.losses import SEGMENTS, packed_forward
 from cllm_trainer.packing import IGNORE, TrajectoryDataset, collate, initial_states
 from cllm_trainer.spider import encode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -27,16 +27,50 @@ SHAPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_step(shape, benchmark):
+def sample(noisy_blocks):
+    """The tokenizer, and a dataset of the 48 sample questions with the order of their lengths."""
     tokenizer = AutoTokenizer.from_pretrained(MODELS / "spider-cllm")
-    sample = (MODELS / "spider-cllm" / "held_out_sample.jsonl").read_text().splitlines()
-    rows, rng = encode(list(map(json.loads, sample)), tokenizer), random.Random(0)
+    lines = (MODELS / "spider-cllm" / "held_out_sample.jsonl").read_text().splitlines()
+    rows, rng = encode(list(map(json.loads, lines)), tokenizer), random.Random(0)
     for row in rows:
         row["states"] = initial_states(row, 16, rng)
-    dataset = TrajectoryDataset(rows, noisy_blocks=4)
-    rows = sorted(range(len(rows)), key=lambda index: len(dataset[index]["input_ids"]))[16:32]  # one length group
-    packed = collate([dataset[index] for index in rows], tokenizer.pad_token_id)
+    dataset = TrajectoryDataset(rows, noisy_blocks=noisy_blocks)
+    return tokenizer, dataset, sorted(range(len(rows)), key=lambda index: len(dataset[index]["input_ids"]))
+
+
+def test_attention_and_precision(benchmark):
+    """Tokens a second at the recipe's batch, 8 rows with 8 blocks; segments must not cost more than padded rows."""
+    tokenizer, dataset, order = sample(noisy_blocks=8)
+    batches = [collate([dataset[i] for i in order[at : at + 8]], tokenizer.pad_token_id) for at in range(0, 48, 8)]
+    tokens = sum(int((batch["group"] >= 0).sum()) for batch in batches)
+    model = LlamaForCausalLM.from_pretrained(MODELS / "spider-target", dtype=torch.float32).train()
+    times = {(name, bf16): [] for bf16 in (False, True) for name in ("sdpa", SEGMENTS)}
+
+    def steps(attention, bf16):
+        with packed_forward(model, attention=attention):
+            for batch in batches:
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    loss = model(packed=batch)[0].sum()
+                loss.backward()
+                model.zero_grad()
+
+    for _ in range(4):
+        for case, taken in times.items():
+            begin = time.perf_counter()
+            steps(*case)
+            taken.append(time.perf_counter() - begin)
+    benchmark.pedantic(steps, (SEGMENTS, True), rounds=1)
+    speeds = {f"{name}, {'bf16' if bf16 else 'fp32'}": tokens / statistics.median(taken[1:])
+              for (name, bf16), taken in times.items()}  # fmt: skip
+    benchmark.extra_info.update(speeds)
+    print("\n" + ", ".join(f"{name}: {speed:.0f} tokens/s" for name, speed in speeds.items()))
+    assert speeds[f"{SEGMENTS}, fp32"] > 0.95 * speeds["sdpa, fp32"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_step(shape, benchmark):
+    tokenizer, dataset, order = sample(noisy_blocks=4)
+    packed = collate([dataset[index] for index in order[16:32]], tokenizer.pad_token_id)  # one length group
     model = LlamaForCausalLM(
         LlamaConfig(**{"vocab_size": len(tokenizer), **SHAPES[shape], "tie_word_embeddings": True})
     )

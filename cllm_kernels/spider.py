@@ -14,10 +14,29 @@ from pathlib import Path
 _SQL_TOKEN = re.compile(r"'(?:[^']|'')*'|<=|>=|<>|!=|[=<>(),]|[^\s=<>!(),']+|.", re.DOTALL)
 
 
+COLUMNS = 80  # that a prompt shows of a database
+
+
 def prompt_for(row: dict) -> str:
-    """The text a model of this task is prompted with. The database is named, its schema is not shown."""
-    question = " ".join(row["question"].split())
-    return f"{row['db_id']} : {question}\n"
+    """The text a model of this task is prompted with: the database, its schema where the row has one, the question."""
+    return f"{prompt_prefix(row)}{' '.join(row['question'].split())}\n"
+
+
+def prompt_prefix(row: dict) -> str:
+    """What the prompts of all questions on one database begin with."""
+    return f"{row['db_id']} : {row['schema']}\n" if "schema" in row else f"{row['db_id']} : "
+
+
+def schema_text(tables: dict[str, list[str]]) -> str:
+    """Tables and their columns in one line, in lower case: ``singer : singer_id, name | song : song_id, title``.
+
+    Of a database with more than ``COLUMNS`` columns, tables show their first ones, all as many.
+    """
+    most = max(map(len, tables.values()), default=0)
+    while most > 1 and sum(min(most, len(columns)) for columns in tables.values()) > COLUMNS:
+        most -= 1
+    parts = [f"{table} : {', '.join(columns[:most])}" for table, columns in tables.items()]
+    return " ".join(" | ".join(parts).lower().split())
 
 
 def canonical_sql(query: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cllm_kernels.spider import canonical_sql, exact_match, is_degenerate, prompt_for
+from cllm_kernels.spider import canonical_sql, exact_match, is_degenerate, prompt_for, schema_text
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,16 @@ def test_literals_keep_their_case():
 
 def test_prompt():
     assert prompt_for({"db_id": "db", "question": "How \n many ?"}) == "db : How many ?\n"
+
+
+def test_prompt_with_a_schema():
+    schema = schema_text({"Singer": ["ID", "Name"], "song": ["Title"]})
+    assert schema == "singer : id, name | song : title"
+    row = {"db_id": "db", "question": "How many ?", "schema": schema}
+    assert prompt_for(row) == "db : singer : id, name | song : title\nHow many ?\n"
+    wide = schema_text({f"t{table}": [f"c{column}" for column in range(table)] for table in range(1, 40)})
+    shown = [part.split(" : ")[1].split(", ") for part in wide.split(" | ")]
+    assert [len(columns) for columns in shown] == [1] + 38 * [2]  # all as many, and at most 80
 
 
 @pytest.mark.parametrize(

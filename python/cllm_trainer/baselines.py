@@ -56,7 +56,7 @@ def distil_draft(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> dict:
-    """Distils a draft model (:func:`make_draft`) from ``target`` and saves it.
+    """Distils a draft model (:func:`make_draft`) from ``target`` and saves it in bf16.
 
     A ``warm_up`` share of the steps takes the forward KL on the rows' outputs, since samples of a raw draft teach
     nothing; the others the reverse KL on samples of the draft (on-policy distillation: Agarwal et al. 2024,
@@ -84,7 +84,7 @@ def distil_draft(
         nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         optimizer.step()
         history.append(loss.item())
-    draft.eval().save_pretrained(output_dir)
+    draft.eval().to(torch.bfloat16).save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     record = {
         "layers": layers,

@@ -258,21 +258,28 @@ def settings() -> None:
 def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl and tables.json.")],
     output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.")] = Path("models"),
-    work: Annotated[Path, typer.Option(help="Trajectories go here.")] = Path("runs/spider"),
-    stage: Annotated[str, typer.Option(help="target, cllm, evaluate, or all of them in turn.")] = "all",
+    work: Annotated[
+        Path, typer.Option(help="Trajectories and the held-out questions go here.")
+    ] = Path("runs/spider"),
+    stage: Annotated[str, typer.Option(help="target, cllm, baselines, evaluate, or all of them in turn.")] = "all",
+    schema: Annotated[
+        bool, typer.Option(help="The target gets the schema in its prompt; what follows from it does as it does.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Makes the bundled models: target from scratch, trajectories, CLLM, evaluation."""
-    if stage not in ("all", "target", "cllm", "evaluate"):
-        raise typer.BadParameter(f"{stage!r} is not one of all, target, cllm, evaluate")
+    """Makes the bundled models: target from scratch, trajectories, CLLM, draft and heads, evaluation."""
+    if stage not in ("all", "target", "cllm", "baselines", "evaluate"):
+        raise typer.BadParameter(f"{stage!r} is not one of all, target, cllm, baselines, evaluate")
     if threads:
         torch.set_num_threads(threads)
     if stage in ("all", "target"):
-        _spider.build_target(data, output / "spider-target")
+        _spider.build_target(data, output / "spider-target", schema)
     if stage in ("all", "cllm"):
         _spider.build_cllm(data, output / "spider-target", output / "spider-cllm", work)
+    if stage in ("all", "baselines"):
+        _spider.build_baselines(data, output, work)
     if stage in ("all", "evaluate"):
-        _spider.evaluate_models(data, output)
+        _spider.evaluate_models(data, output, work)
 
 
 def main() -> None:

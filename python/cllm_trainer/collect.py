@@ -33,6 +33,7 @@ def collect(
     augment: bool = False,
     sampling: dict | None = None,
     truths: list[list[int]] | None = None,
+    prefix_lengths: list[int] | None = None,
 ) -> dict:
     """Decodes every prompt and writes one training row each (see :mod:`cllm_trainer.rows`).
 
@@ -49,6 +50,7 @@ def collect(
             (:func:`cllm_trainer.rows.correct_later`; Kou et al. 2024, section 3.2.1).
         sampling: ``temperature``, ``top_k`` and what else ``generate`` takes, to sample; greedy without.
         truths: token ids of a ground truth for each prompt, for ``truth_ids``.
+        prefix_lengths: how many tokens each prompt shares with others at its beginning, for ``prefix_length``.
 
     Returns:
         ``prompts``, ``tokens``, ``tokens_per_forward``, ``unfinished`` (outputs cut at ``max_new_tokens``),
@@ -62,6 +64,8 @@ def collect(
         raise ValueError("no prompts, or an empty one")
     if truths is not None and len(truths) != len(prompts):
         raise ValueError(f"there are {len(truths)} truths for {len(prompts)} prompts")
+    if prefix_lengths is not None and len(prefix_lengths) != len(prompts):
+        raise ValueError(f"there are {len(prefix_lengths)} prefix lengths for {len(prompts)} prompts")
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not belong "
@@ -110,6 +114,8 @@ def collect(
                 }
                 if truths is not None:
                     line["truth_ids"] = truths[number]
+                if prefix_lengths is not None:
+                    line["prefix_length"] = prefix_lengths[number]
                 lines.append(line)
                 _count(counts, line)
             _append(file, temporary, lines, counts["prompts"] - len(lines))

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from .packing import IGNORE, additive_mask, dense_mask, mask_mod
+from .packing import IGNORE, additive_mask, dense_mask, mask_mod, prefixed_mask
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 CHUNK = 2**26  # logits that exist at a time, 256 MB in fp32
@@ -75,6 +75,65 @@ def target_loss(logits: torch.Tensor, reference: torch.Tensor, labels: torch.Ten
     """Mean KL from ``reference`` to ``logits``, both ``[B, T, V]``, over the labelled positions (nats)."""
     labelled = labels != IGNORE
     return divergence(logits[labelled], reference[labelled]).mean()
+
+
+def _segment_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *, segments, **options):
+    """Attention of :func:`_in_segments`: each segment's own, in fp32. Of ``[1, H, N, D]``, ``[1, N, H, D]``."""
+    unknown = [name for name in ("softcap", "s_aux") if options.get(name) is not None]
+    if unknown:
+        raise NotImplementedError(f"attention {SEGMENTS!r} knows no {', '.join(unknown)}; take 'eager'")
+    with torch.autocast(query.device.type, enabled=False):
+        queries, keys, values = query.float(), key.float(), value.float()
+        repeats = queries.shape[1] // keys.shape[1]
+        if repeats > 1:
+            keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
+        sizes = [size for size, _, _ in segments]
+        parts = [states.split(sizes, 2) for states in (queries, keys, values)]  # the gradient of slices would cost more
+        outputs = []
+        for (_, prefix, mask), q, k, v in zip(segments, *parts, strict=True):
+            if prefix is not None:
+                k, v = (torch.cat((part[prefix], own), 2) for part, own in zip(parts[1:], (k, v), strict=True))
+            outputs.append(F.scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scaling))
+    return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype), None
+
+
+# Rows of a batch one behind the other instead of padded, for the CPU. In fp32 under autocast too, since the backward
+# pass of torch 2.13's attention takes 3.6 times as long in bf16 on the CPU.
+SEGMENTS = "cllm_segments"
+AttentionInterface.register(SEGMENTS, _segment_attention)
+AttentionMaskInterface.register(SEGMENTS, lambda *_, **__: None)
+
+
+def _in_segments(decoder: torch.nn.Module, batch: dict[str, torch.Tensor], clean: bool) -> torch.Tensor:
+    """:func:`hidden_states` without padding: prefixes and rows stand one behind the other, as segments of one row."""
+    kept = batch["group"] == 0 if clean else batch["group"] >= 0
+    lengths = kept.sum(1).tolist()
+    ids, positions = [batch["input_ids"][kept]], [batch["position_ids"][kept]]
+    segments: list[tuple[int, int | None, torch.Tensor | None]] = []  # size, number of the prefix' segment, mask
+    prefix_of, sizes = [None] * len(lengths), []
+    if "prefix_ids" in batch:
+        sizes = batch["prefix_lengths"].tolist()
+        prefix_of = [number if sizes[number] else None for number in batch["prefix_of"].tolist()]
+        segments += [(size, None, None) for size in sizes]
+        places = torch.arange(batch["prefix_ids"].shape[1], device=kept.device).expand_as(batch["prefix_ids"])
+        valid = places < batch["prefix_lengths"][:, None]
+        ids.insert(0, batch["prefix_ids"][valid])
+        positions.insert(0, places[valid])
+    for row, (size, prefix) in enumerate(zip(lengths, prefix_of, strict=True)):
+        seen, group = batch["seen"][row, :size], batch["group"][row, :size]
+        mask = None
+        if prefix is not None or group[-1] > 0:
+            mask = dense_mask(seen[None], group[None])[0, 0]
+            if prefix is not None:
+                mask = torch.cat((mask.new_ones(size, sizes[prefix]), mask), 1)
+            mask = additive_mask(mask, torch.float32)
+        segments.append((size, prefix, mask))
+    flat = decoder(
+        input_ids=torch.cat(ids)[None], position_ids=torch.cat(positions)[None], use_cache=False, segments=segments
+    ).last_hidden_state[0]
+    hidden = flat.new_zeros(*kept.shape, flat.shape[-1])
+    hidden[kept] = flat[sum(sizes) :]
+    return hidden
 
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -177,20 +236,39 @@ def check_head(model: PreTrainedModel) -> None:
         )
 
 
-def hidden_states(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """``[B, T, D]`` of a packed batch: with a dense mask, or a block mask where the model runs FlexAttention."""
-    mask = None
-    if "seen" in batch:
-        seen, group = batch["seen"], batch["group"]
-        if model.config._attn_implementation == "flex_attention":
-            from torch.nn.attention.flex_attention import create_block_mask
+def hidden_states(model: PreTrainedModel, batch: dict[str, torch.Tensor], width: int | None = None) -> torch.Tensor:
+    """``[B, T, D]`` of a packed batch, or of the first ``width`` positions of its rows, of the clean sequences alone.
 
-            rows, width = seen.shape
-            mask = create_block_mask(mask_mod(seen, group), rows, None, width, width, device=seen.device)
-        else:
-            mask = additive_mask(dense_mask(seen, group), model.dtype)
+    In segments, with a dense mask, or with a block mask where the model runs FlexAttention. A shared prefix goes
+    through the model once; the rows that share it get its keys and values, through which its gradient flows.
+    """
+    decoder, attention = model.get_decoder(), model.config._attn_implementation
+    batch = batch | {key: batch[key][:, :width] for key in ("input_ids", "position_ids", "seen", "group")}
+    if attention == SEGMENTS:
+        return _in_segments(decoder, batch, width is not None)
+    seen, group = batch["seen"], batch["group"]
     inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-    return model.get_decoder()(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
+    cache, prefix, before = None, None, 0
+    if "prefix_ids" in batch:
+        cache, before = DynamicCache(config=model.config), batch["prefix_ids"].shape[1]
+        decoder(batch["prefix_ids"], past_key_values=cache, use_cache=True)
+        for layer in cache.layers:
+            layer.keys, layer.values = layer.keys[batch["prefix_of"]], layer.values[batch["prefix_of"]]
+        prefix = batch["prefix_lengths"][batch["prefix_of"]]
+    if attention == "flex_attention":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        rows, length = seen.shape
+        visible = mask_mod(seen, group, prefix, before)
+        mask = create_block_mask(visible, rows, None, length, before + length, device=seen.device)
+    else:
+        mask = dense_mask(seen, group)
+        if prefix is not None:
+            mask = prefixed_mask(mask, batch["prefix_lengths"], batch["prefix_of"])
+        mask = additive_mask(mask, model.dtype)
+    return decoder(
+        **inputs, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+    ).last_hidden_state
 
 
 @contextlib.contextmanager
@@ -220,7 +298,7 @@ def packed_forward(
             outputs = packed["outputs"]
             width = int(outputs.any(0).nonzero().max()) + 1
             with torch.no_grad():
-                states = target.get_decoder()(packed["input_ids"][:, :width], use_cache=False).last_hidden_state
+                states = hidden_states(target, packed, width)
             reference = head_of(target), states[outputs[:, :width]]
         parts = torch.stack(chunked_losses(head, hidden, packed, decay, kind, reference, chunk))
         predictions = None

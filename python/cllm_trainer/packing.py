@@ -89,6 +89,7 @@ class TrajectoryDataset(Dataset):
             "index": index,
             "input_ids": row["prompt_ids"] + row["output_ids"],
             "prompt_length": len(row["prompt_ids"]),
+            "prefix_length": row.get("prefix_length", 0),
             "chained": self.chained,
         }
         if self.truths and "truth_ids" in row:
@@ -187,20 +188,31 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
     of the output, which its EOS is where it has one, are cut. The successors of states and a ground truth are packed
     like noisy blocks.
 
+    Prompts that begin with the same ``prefix_length`` tokens share these: each such prefix stands in the batch once,
+    and apart from the rows, which then hold what follows it alone.
+
     Returns:
         ``input_ids``, ``position_ids``, ``labels`` int64 ``[B, T]`` (labels on the output only, or on the ground
         truth only, already shifted: ``labels[t]`` is the token that position ``t`` predicts), ``outputs`` bool
-        ``[B, T]`` (the positions that predict the output), and, where there is anything behind the clean sequences,
-        ``seen`` and ``group`` int64 ``[B, T]``, what :func:`dense_mask` and :func:`mask_mod` make the mask of. Where
-        there is a noisy block, ``student`` and ``teacher`` int64 ``[M]``: indices into the
-        flattened ``B * T`` positions whose predictions shall agree, ``distance`` int64 ``[M]``: 1 at the first wrong
-        draft of a block, one more at each draft behind it, 0 before it (where the student sees what the teacher
-        sees), and ``blocks``, a list with the row's index, the number of the state, ``start`` and the drafts of
-        each block, in the order of ``student``.
+        ``[B, T]`` (the positions that predict the output), and ``seen`` and ``group`` int64 ``[B, T]``, what
+        :func:`dense_mask` and :func:`mask_mod` make the mask of; the group is -1 in padding.
+
+        Where there is a noisy block, ``student`` and ``teacher`` int64 ``[M]``: indices into the flattened ``B * T``
+        positions whose predictions shall agree, ``distance`` int64 ``[M]``: 1 at the first wrong draft of a block, one
+        more at each draft behind it, 0 before it (where the student sees what the teacher sees), and ``blocks``, a
+        list with the row's index, the number of the state, ``start`` and the drafts of each block, in the order of
+        ``student``. Where prompts have prefixes, ``prefix_ids`` int64 ``[P, S]``, padded at their ends,
+        ``prefix_lengths`` int64 ``[P]``, and ``prefix_of`` int64 ``[B]``, the prefix of each row.
     """
+    prefixes: dict[tuple[int, ...], int] = {}
+    prefix_of = []
+    for feature in features:
+        prefix = tuple(feature["input_ids"][: feature.get("prefix_length", 0)])
+        prefix_of.append(prefixes.setdefault(prefix, len(prefixes)))
     layouts, packed = [], []
     for feature in features:
-        clean, prompt = feature["input_ids"], feature["prompt_length"]
+        prefix = feature.get("prefix_length", 0)
+        clean, prompt = feature["input_ids"][prefix:], feature["prompt_length"] - prefix
         following = feature.get("following", [None] * len(feature["states"]))
         parts = []  # position, tokens, and of a noisy block the tokens that it drafts and its successor
         for slot, ((start, drafts), later) in enumerate(zip(feature["states"], following, strict=True)):
@@ -273,8 +285,14 @@ def collate(features: list[dict], pad_token_id: int) -> dict[str, torch.Tensor]:
             wrong = (torch.tensor(drafts) != torch.tensor(clean[first : first + len(drafts)])).int()
             distance.append(wrong.cummax(0).values.cumsum(0))
     batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels, "outputs": outputs}
-    if bool((group > 0).any()):
-        batch |= {"seen": seen, "group": group}
+    batch |= {"seen": seen, "group": group}
+    lengths = torch.tensor([len(prefix) for prefix in prefixes])
+    if lengths.any():
+        prefix_ids = torch.full((len(prefixes), int(lengths.max())), pad_token_id)
+        for number, prefix in enumerate(prefixes):
+            prefix_ids[number, : len(prefix)] = torch.tensor(prefix)
+        batch |= {"prefix_ids": prefix_ids, "prefix_lengths": lengths, "prefix_of": torch.tensor(prefix_of)}
+        batch["position_ids"] += lengths[batch["prefix_of"], None]
     if student:
         batch |= {"student": torch.cat(student), "teacher": torch.cat(teacher), "distance": torch.cat(distance)}
         batch["blocks"] = packed
@@ -291,11 +309,24 @@ def dense_mask(seen: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
     return ((at < seen[:, :, None]) | own)[:, None]
 
 
-def mask_mod(seen: torch.Tensor, group: torch.Tensor):
-    """:func:`dense_mask` as FlexAttention wants it: a function of batch row, head, query and key."""
+def prefixed_mask(mask: torch.Tensor, prefix_lengths: torch.Tensor, prefix_of: torch.Tensor) -> torch.Tensor:
+    """A mask ``[B, 1, T, T]`` with the keys of each row's prefix before it: ``[B, 1, T, S + T]``."""
+    width = int(prefix_lengths.max())
+    valid = torch.arange(width, device=mask.device) < prefix_lengths[prefix_of, None]
+    return torch.cat((valid[:, None, None].expand(-1, 1, mask.shape[2], -1), mask), -1)
+
+
+def mask_mod(seen: torch.Tensor, group: torch.Tensor, prefix: torch.Tensor | None = None, width: int = 0):
+    """:func:`dense_mask` as FlexAttention wants it: a function of batch row, head, query and key.
+
+    With ``prefix``, int64 ``[B]``, that of :func:`prefixed_mask`: ``width`` keys stand before the rows' own, of which
+    row ``b`` sees the first ``prefix[b]``.
+    """
 
     def visible(row, head, query, key):
-        return (key < seen[row, query]) | ((group[row, query] == group[row, key]) & (key <= query))
+        own = (key - width).clamp(min=0) if prefix is not None else key
+        inside = (own < seen[row, query]) | ((group[row, query] == group[row, own]) & (own <= query))
+        return inside if prefix is None else torch.where(key < width, key < prefix[row], inside)
 
     return visible
 

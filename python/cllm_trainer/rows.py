@@ -6,7 +6,9 @@ A row is a JSON object, one a line of a JSONL file. A row holds one output with 
 - ``output_ids``: token ids of the fixed point that decoding reached, EOS included where it was reached;
 - ``states``: what Jacobi decoding stood at on its way there, a list of ``[start, drafts]`` in their order: ``start``
   tokens of the output were committed, and ``drafts`` stood at output positions ``start, start + 1, ...``. Rows
-  without states train the autoregressive loss alone.
+  without states train the autoregressive loss alone;
+- ``prefix_length``, where it is there: how many tokens the prompt shares with those of other rows at its beginning,
+  such as a database's schema. A batch computes what its rows share once.
 
 ``collect`` adds what says where a row comes from; the trainer checks it where it is there:
 
@@ -47,6 +49,8 @@ def _check_row(row: dict) -> None:
         raise ValueError("prompt_ids or output_ids is empty")
     if not all(_is_ids(row[key]) for key in ("prompt_ids", "output_ids", "truth_ids") if key in row):
         raise ValueError("prompt_ids, output_ids and truth_ids must be lists of token ids")
+    if not 0 <= row.get("prefix_length", 0) < len(row["prompt_ids"]):
+        raise ValueError("prefix_length must be at least 0 and less than the prompt's length")
     for start, drafts in row.get("states", []):
         if type(start) is not int or start < 0 or not drafts or not _is_ids(drafts):
             raise ValueError("a state is [start, drafts] with start >= 0 and drafts, which are token ids")

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from .losses import DIVERGENCES
+from .losses import DIVERGENCES, SEGMENTS
 from .packing import SCHEDULES
 
 _CLLM = "Kou et al. 2024, arXiv 2403.00835"
@@ -42,6 +42,9 @@ class TrainConfig:
     weight_decay: float = _setting(0.01, "of AdamW", "torch's default", (0, None))
     warmup_steps: int = _setting(100, "steps of the linear warm-up", _BUNDLED, (0, None))
     noisy_blocks: int = _setting(4, "Jacobi states packed behind each clean sequence", _BUNDLED, (0, None))
+    prefix_rows: int = _setting(
+        1, "rows a batch takes together of those that share a prefix (prefix_length)", "none share", (1, None)
+    )
     block_size: int | None = _setting(
         None, "the n that the rows must have been made for; any without", "none", (2, None)
     )
@@ -87,9 +90,9 @@ class TrainConfig:
     bf16: bool = _setting(False, "computes in bf16, with weights in fp32", "off, as in transformers")
     attention: str = _setting(
         "auto",
-        "flex_attention on a GPU, else sdpa",
-        "FlexAttention skips what the mask hides",
-        ("auto", "eager", "sdpa", "flex_attention"),
+        "flex_attention on a GPU; on a CPU cllm_segments (rows without padding) where the model has plain sdpa",
+        "FlexAttention skips what the mask hides, and segments cost a CPU least (benchmarks/test_training.py)",
+        ("auto", "eager", "sdpa", "flex_attention", SEGMENTS),
     )
     save_steps: int = _setting(
         0, "steps between checkpoints to resume from; 0 for none", "runs of minutes need none", (0, None)

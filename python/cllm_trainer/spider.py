@@ -1,7 +1,9 @@
 """The recipe of the bundled text-to-SQL models: tokenizer, target from scratch, trajectories, CLLM.
 
 Data: Spider's training questions with 5 % held out, and questions that templates make from the schemas of the
-same databases. No schema is in the prompt: the model has to learn the tables and columns of each database.
+same databases. The bundled models' prompts name the database alone: they had to learn the tables and columns of each
+database. With ``schema=True`` a target gets the schema in its prompt, and questions on schemas that are mixed and
+invented, so that databases it has not seen are possible.
 """
 
 from __future__ import annotations
@@ -9,38 +11,48 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import compare_models, load_model
-from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, read_questions
+from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, prompt_prefix, read_questions, schema_text
 
+from .baselines import distil_draft, train_medusa
 from .collect import collect, prompts_of, tqdm_of
 from .packing import initial_states
 from .rows import read_rows
 from .settings import TrainConfig
+from .sql import columns_of, tokenize
 from .train import train
 
+_VALUE = re.compile(r"'[^']*'|(?<![\w.])\d+(?:\.\d+)?")
 HELD_OUT = 0.05
 VOCABULARY = 1024
-CONTEXT = 512
+CONTEXT = 1024
 SYNTHETIC = 3000
+INVENTED = 4000  # questions on schemas that there are not, for targets with the schema in the prompt
+TOGETHER = 8  # questions of one database that a batch takes together
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
 TRAJECTORIES = 3000
 CROSSED = 6000
+BLENDED = 2000  # and as many crossed questions, which the draft and the heads are trained on
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
 TARGET_CONFIG = TrainConfig(
     epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
 )
+SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, prefix_rows=TOGETHER, bf16=True)
 CLLM_CONFIG = TrainConfig(
     epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
     on_policy=True, distance_decay=0.8, drop_degenerate=False,
 )  # fmt: skip
 FINISH_CONFIG = dataclasses.replace(CLLM_CONFIG, epochs=4.5, learning_rate=5e-4, target_weight=1.0)
+DRAFT_STEPS, DRAFT_WARM_UP = 500, 0.75
+MEDUSA_HEADS, MEDUSA_STEPS = 4, 400
 
 
 def split(questions: list[dict], seed: int = 0) -> tuple[list[dict], list[dict]]:
@@ -71,8 +83,30 @@ def cross(questions: list[dict], count: int, seed: int = 0) -> list[dict]:
         size = min(rng.randint(1, 4), len(words), len(other))
         here, there = rng.randint(0, len(words) - size), rng.randint(0, len(other) - size)
         words[here : here + size] = other[there : there + size]
-        crossed.append({"db_id": row["db_id"], "question": " ".join(words)})
+        crossed.append({key: row[key] for key in row if key != "query"} | {"question": " ".join(words)})
     return crossed
+
+
+def blend(questions: list[dict], seed: int = 0) -> list[dict]:
+    """For each question one that begins like it and ends like another with the same query, where there is such a one
+    and the blend names every value of the query that both name."""
+    rng = random.Random(seed)
+    alike: dict[tuple[str, str], list[dict]] = {}
+    for row in questions:
+        alike.setdefault((row["db_id"], canonical_sql(row["query"])), []).append(row)
+    blends = []
+    for (_, query), rows in alike.items():
+        values = [value.strip("'%").lower() for value in _VALUE.findall(query)]
+        for row in rows:
+            others = [other for other in rows if other["question"] != row["question"]]
+            if not others:
+                continue
+            words, tail = row["question"].split(), rng.choice(others)["question"].split()
+            share = rng.uniform(0.2, 0.8)
+            question = " ".join(words[: round(share * len(words))] + tail[round(share * len(tail)) :])
+            if all(value in question.lower() for value in values if value in row["question"].lower()):
+                blends.append(row | {"question": question})
+    return blends
 
 
 class _Schema:
@@ -94,6 +128,32 @@ class _Schema:
             (place[a], place[b]) for a, b in entry["foreign_keys"] if place[a][0] != place[b][0]
         ]
         self.usable = [index for index, columns in enumerate(self.columns) if len(columns) >= 2]
+
+
+def invent_schemas(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
+    """Schemas of databases that there are not: tables of different databases, with some columns of other tables."""
+    rng = random.Random(seed)
+    databases = list(map(_Schema, schemas))
+    tables = [item for own in databases for item in zip(own.tables, own.columns, strict=True) if item[1]]
+    pool = [column for _, columns in tables for column in columns]
+    invented = []
+    for number in range(count):
+        names, columns = [], [(-1, ("*", "*", "text"))]  # in Spider's files the first column is all of them
+        for name, own in rng.sample(tables, min(rng.randint(2, 4), len(tables))):
+            if name not in names:
+                chosen = {new[0]: new for new in (rng.choice((old, rng.choice(pool))) for old in own[:12])}
+                columns += [(len(names), column) for column in chosen.values()]
+                names.append(name)
+        invented.append({
+            "db_id": f"db_{number}",
+            "table_names_original": [original for original, _ in names],
+            "table_names": [words for _, words in names],
+            "column_names_original": [[table, original] for table, (original, _, _) in columns],
+            "column_names": [[table, words] for table, (_, words, _) in columns],
+            "column_types": [kind for _, (_, _, kind) in columns],
+            "foreign_keys": [],
+        })  # fmt: skip
+    return invented
 
 
 def synthesize(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
@@ -172,6 +232,39 @@ def _question(schema: _Schema, rng: random.Random) -> tuple[str, str] | None:
     return None
 
 
+def show_schemas(questions: list[dict], schemas: list[dict]) -> list[dict]:
+    """The questions with the text of their database's schema, which :func:`cllm_kernels.spider.prompt_for` shows."""
+    texts = {entry["db_id"]: schema_text(columns_of(entry)) for entry in schemas}
+    return [row | {"schema": texts[row["db_id"]]} for row in questions]
+
+
+def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> list[dict]:
+    """The questions on other schemas: the tables that their queries name, among tables of other databases.
+
+    Up to ``TOGETHER`` questions of one database share a schema. Tables and columns come in random order, so that a
+    model has to look where a name stands instead of learning each database by heart.
+    """
+    rng = random.Random(seed)
+    tables = {entry["db_id"]: columns_of(entry) for entry in schemas}
+    others = [item for own in tables.values() for item in own.items() if item[1]]
+    of_database: dict[str, list[dict]] = {}
+    for row in rng.sample(questions, len(questions)):
+        of_database.setdefault(row["db_id"], []).append(row)
+    mixed = []
+    for name, rows in of_database.items():
+        for first in range(0, len(rows), TOGETHER):
+            bundle = rows[first : first + TOGETHER]
+            words = {word for row in bundle for word in tokenize(row["query"])}
+            chosen = {table: columns for table, columns in tables[name].items() if table in words}
+            for table, columns in rng.sample(others, min(rng.randint(1, 3), len(others))):
+                chosen.setdefault(table, columns)
+            order = rng.sample(sorted(chosen), len(chosen))
+            schema = schema_text({table: rng.sample(chosen[table], len(chosen[table])) for table in order})
+            shown = {"db_id": rng.choice((name, "db")), "schema": schema}
+            mixed += [row | shown for row in bundle]
+    return mixed
+
+
 def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
     """A byte-level BPE over prompts and canonical queries."""
     tokenizer = Tokenizer(models.BPE())
@@ -183,7 +276,9 @@ def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [text for row in questions for text in (prompt_for(row), canonical_sql(row["query"]))]
+    bare = [{key: row[key] for key in row if key != "schema"} for row in questions]
+    texts = [text for row in bare for text in (prompt_for(row), canonical_sql(row["query"]))]
+    texts += sorted({row["schema"] for row in questions if "schema" in row})
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -215,39 +310,79 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCau
 
 
 def encode(questions: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
-    """Training rows without states: the prompt and the canonical query with its EOS."""
+    """Training rows without states: the prompt, what it shares with others, and the canonical query with its EOS."""
     prompts = tokenizer([prompt_for(row) for row in questions])["input_ids"]
+    prefixes = prefixes_of(tokenizer, questions)
     outputs = tokenizer([canonical_sql(row["query"]) for row in questions])["input_ids"]
     return [
-        {"prompt_ids": prompt, "output_ids": output + [tokenizer.eos_token_id]}
-        for prompt, output in zip(prompts, outputs, strict=True)
+        {"prompt_ids": prompt, "prefix_length": len(prefix), "output_ids": output + [tokenizer.eos_token_id]}
+        for prompt, prefix, output in zip(prompts, prefixes, outputs, strict=True)
     ]
 
 
-def load(data: str | Path) -> tuple[list[dict], list[dict], list[dict]]:
-    """Training questions, held-out questions, and the schemas of the training databases."""
+def prefixes_of(tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> list[list[int]]:
+    """The tokens of the schema that each prompt begins with; none where it shows no schema."""
+    return tokenizer([prompt_prefix(row) if "schema" in row else "" for row in questions])["input_ids"]
+
+
+def load(data: str | Path, schema: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
+    """Training questions, held-out questions, and the schemas of the training databases, which the questions show if
+    ``schema`` is True."""
     data = Path(data)
     training, held_out = split(read_questions(data / "train.jsonl"))
     databases = {row["db_id"] for row in training}
-    schemas = [entry for entry in json.loads((data / "tables.json").read_text()) if entry["db_id"] in databases]
+    schemas = [entry for entry in read_schemas(data) if entry["db_id"] in databases]
+    if schema:
+        training, held_out = show_schemas(training, schemas), show_schemas(held_out, schemas)
     return training, held_out, schemas
 
 
-def build_target(data: str | Path, output_dir: str | Path, config: TrainConfig = TARGET_CONFIG) -> dict:
-    """Trains the target from scratch on real and synthetic questions; returns its training record."""
-    training, held_out, schemas = load(data)
+def read_schemas(data: str | Path) -> list[dict]:
+    """The entries of Spider's ``tables.json``."""
+    return json.loads((Path(data) / "tables.json").read_text())
+
+
+def shows_schemas(target: str | Path) -> bool:
+    """Whether a target was trained with the schema in the prompt."""
+    return json.loads((Path(target) / "training_record.json").read_text())["data"].get("schema", False)
+
+
+def build_target(data: str | Path, output_dir: str | Path, schema: bool = False) -> dict:
+    """Trains the target from scratch on real and synthetic questions; returns its training record.
+
+    With ``schema`` the prompts show the schema, and the real questions come a second time on mixed schemas
+    (:func:`mix_schemas`), beside synthetic ones on invented schemas.
+    """
+    training, held_out, schemas = load(data, schema)
     synthetic = synthesize(schemas, SYNTHETIC)
+    more: list[dict] = []
+    if schema:
+        synthetic = show_schemas(synthetic, schemas)
+        invented = invent_schemas(schemas, INVENTED // TOGETHER)
+        more = mix_schemas(training, schemas) + show_schemas(synthesize(invented, INVENTED, seed=1), invented)
     tokenizer = make_tokenizer(training + synthetic)
     notes = {
         "data": {
             "source": "Spider 1.0 train.jsonl (CC BY-SA 4.0)",
+            "schema": schema,
             "training_questions": len(training),
             "held_out_questions": len(held_out),
             "synthetic_questions": len(synthetic),
+            "questions_on_other_schemas": len(more),
         }
     }
-    rows = encode(training + synthetic, tokenizer)
+    rows, config = encode(training + synthetic + more, tokenizer), SCHEMA_CONFIG if schema else TARGET_CONFIG
     return train(make_model(tokenizer, config.seed), tokenizer, rows, output_dir, config, notes)
+
+
+def collect_answers(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[dict], path: Path, block_size: int
+) -> dict:
+    """Writes a target's answers to questions, as training rows; returns what collecting them found."""
+    prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
+    shared = [len(prefix) for prefix in prefixes_of(tokenizer, questions)]
+    config = JacobiConfig(block_size=block_size)
+    return collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared)
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
@@ -261,7 +396,7 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
     ``work`` gets the trajectories and the model of the first stage. A sample of the held-out questions is written
     beside the CLLM, for the demo.
     """
-    training, held_out, _ = load(data)
+    training, held_out, _ = load(data, shows_schemas(target))
     random.Random(0).shuffle(training)
     model, tokenizer = load_model(target)
     work = Path(work)
@@ -269,9 +404,8 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
     summaries = {}
 
     def answers(name: str, questions: list[dict], block_size: int) -> list[dict]:
-        prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
-        path, config = work / f"{name}.jsonl", JacobiConfig(block_size=block_size)
-        summaries[name] = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
+        path = work / f"{name}.jsonl"
+        summaries[name] = collect_answers(model, tokenizer, questions, path, block_size)
         return read_rows(path)
 
     rng = random.Random(0)
@@ -298,14 +432,44 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
     return record
 
 
-def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
+def build_baselines(data: str | Path, models: str | Path, work: str | Path) -> None:
+    """Distils ``spider-draft`` from the target, and trains Medusa-style heads, ``spider-target/medusa.safetensors``.
+
+    On the target's answers to the training questions and to blended and crossed ones, which go to ``work``: what a
+    model says to questions that it knows by heart does not tell how it answers new ones.
+    """
+    models, work = Path(models), Path(work)
+    work.mkdir(parents=True, exist_ok=True)
+    training, _, _ = load(data, shows_schemas(models / "spider-target"))
+    model, tokenizer = load_model(models / "spider-target")
+    blended = blend(training, seed=3)
+    blended = random.Random(0).sample(blended, min(BLENDED, len(blended)))
+    path = work / "baselines.jsonl"
+    collect_answers(model, tokenizer, training + blended + cross(training, BLENDED), path, 2)
+    rows = [row for row in read_rows(path) if row["finished"] and not is_degenerate(row["output_ids"])]
+    record = distil_draft(model, tokenizer, rows, models / "spider-draft", 1, DRAFT_STEPS, DRAFT_WARM_UP)
+    (models / "spider-draft" / "README.md").write_text(draft_card(record))
+    train_medusa(model, tokenizer, rows, models / "spider-target" / "medusa.safetensors", MEDUSA_HEADS, MEDUSA_STEPS)
+
+
+def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> list[dict]:
     """Evaluates both models on all held-out questions.
 
-    Writes ``evaluation.json`` and a model card into each model's folder. Half of the held-out questions have a
+    Writes these to ``work/held_out.jsonl``, and Spider's ``dev.jsonl``, whose databases are unknown to the models, to
+    ``work/dev.jsonl``, both with schemas if the target was trained so: ``cllm-train evaluate`` takes them.
+
+    Writes ``evaluation.json`` and a model card into each model's folder. Four of five held-out questions have a
     paraphrase with the same query among the training questions; exact match is given for both kinds.
     """
-    training, held_out, _ = load(data)
-    models = Path(models)
+    models, work = Path(models), Path(work)
+    schema = shows_schemas(models / "spider-target")
+    training, held_out, _ = load(data, schema)
+    unknown = read_questions(Path(data) / "dev.jsonl")
+    if schema:
+        unknown = show_schemas(unknown, read_schemas(data))
+    work.mkdir(parents=True, exist_ok=True)
+    for name, questions in (("held_out", held_out), ("dev", unknown)):
+        (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     seen = {(row["db_id"], canonical_sql(row["query"])) for row in training}
     kinds = [(row["db_id"], canonical_sql(row["query"])) in seen for row in held_out]
     paths = {name: models / f"spider-{name}" for name in ("target", "cllm")}
@@ -319,7 +483,7 @@ def evaluate_models(data: str | Path, models: str | Path) -> list[dict]:
         own = [row for row in rows if row["model"] == name]
         (path / "evaluation.json").write_text(json.dumps(own, indent=1) + "\n")
         record = json.loads((path / "training_record.json").read_text())
-        (path / "README.md").write_text(model_card(name, record, own))
+        (path / "README.md").write_text(model_card(name, record, own, schema))
     return rows
 
 
@@ -332,28 +496,51 @@ _ABOUT = {
 }
 
 
-def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
+_HEAD = ["---", "license: apache-2.0", "library_name: transformers", "pipeline_tag: text-generation", "---"]
+
+
+def draft_card(record: dict) -> str:
+    """The README of the bundled draft model."""
+    last = record["history"][-20:]
+    return "\n".join([
+        *_HEAD,
+        "# spider-draft",
+        "",
+        f"A draft model of {record['parameters'] / 1e6:.1f} million parameters for `spider-target`: its first layer "
+        "and its embeddings, distilled from it by the forward KL on its answers and then by the reverse KL on the draft's "
+        f"own samples ({record['steps']} steps, at the end {sum(last) / len(last):.2f} nats a token). For "
+        "transformers' assisted generation, beside which Jacobi decoding is measured. Made by `cllm-train spider --stage baselines`.",
+        "",
+        "Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0.",
+        "",
+    ])  # fmt: skip
+
+
+def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = False) -> str:
     """The README of a bundled model: what it is, how it was made, what it does on the held-out questions."""
+    prompt, known = "`{db_id} : {question}` and a newline", (
+        "The prompt names the database and not its schema, so databases outside Spider's training set are unknown "
+        "to it."
+    )
+    if schema:
+        prompt, known = "`{db_id} : {schema}`, a newline, `{question}` and a newline", (
+            "The prompt shows the schema, as `cllm_kernels.spider.schema_text` writes it."
+        )
     stages = [
         f"{stage['steps']} steps on {stage['rows']} rows in {stage['seconds'] / 60:.0f} minutes"
         for stage in (record.get("first_stage"), record)
         if stage
     ]
     lines = [
-        "---",
-        "license: apache-2.0",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
+        *_HEAD,
         f"# spider-{name}",
         "",
         f"A Llama of {record['parameters'] / 1e6:.1f} million parameters that writes SQL for questions on the "
         f"databases of Spider's training set. {_ABOUT[name]}",
         "",
-        "It shows and measures Jacobi decoding; it is no general text-to-SQL model. The prompt names the database "
-        "and not its schema, so databases outside Spider's training set are unknown to it.",
+        f"It shows and measures Jacobi decoding; it is no general text-to-SQL model. {known}",
         "",
-        "- Prompt: `{db_id} : {question}` and a newline; output: the query in lower case, `<eos>`.",
+        f"- Prompt: {prompt}; output: the query in lower case, `<eos>`.",
         f"- Training: {' and then '.join(stages)} on {record['threads']} CPU threads; settings and losses in "
         "`training_record.json`.",
         "- Made by `make models`, which also wrote this card.",
@@ -362,7 +549,8 @@ def model_card(name: str, record: dict, evaluation: list[dict]) -> str:
         "",
         f"On the {evaluation[0]['prompts']} held-out questions, fp32 (`evaluation.json`):",
         "",
-        "| method | n | tokens per forward | equal to AR | exact match | of queries seen in training | of new queries | degenerate |",
+        "| method | n | tokens per forward | equal to AR | exact match | of queries seen in training | of new queries "
+        "| degenerate |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in evaluation:

@@ -25,7 +25,7 @@ from cllm_kernels import JacobiConfig, JacobiGenerator
 from cllm_kernels.spider import is_degenerate
 
 from .collect import REPEATS, without_degenerate
-from .losses import causal_lm, packed_forward
+from .losses import SEGMENTS, causal_lm, packed_forward
 from .packing import TrajectoryDataset, collate
 from .rows import check_rows
 from .settings import TrainConfig
@@ -43,11 +43,18 @@ class LengthGroups(Sampler[int]):
 
     transformers' ``group_by_length`` lets batches of falling length follow each other, many in a row, which made
     the losses swing with the length. The order follows from the seed and :attr:`epoch`.
+
+    ``prefixes`` holds what the items share, such as their prompts' beginnings: up to ``together`` items of one prefix
+    and about one length follow each other.
     """
 
-    def __init__(self, lengths: list[int], batch_size: int, seed: int = 0):
+    def __init__(
+        self, lengths: list[int], batch_size: int, seed: int = 0, prefixes: list | None = None, together: int = 1
+    ):
         self.lengths = lengths
         self.batch_size = batch_size
+        self.prefixes = prefixes or [None] * len(lengths)
+        self.together = together
         self.epoch = 0
         self._seed = seed
 
@@ -56,15 +63,35 @@ class LengthGroups(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         rng = random.Random(f"{self._seed} {self.epoch}")
-        order = rng.sample(range(len(self)), len(self))
-        group = 32 * self.batch_size
-        batches = []
-        for first in range(0, len(order), group):
-            members = sorted(order[first : first + group], key=self.lengths.__getitem__)
-            batches += [members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)]
+        bundles = self._bundles(rng)
+        group = max(1, 32 * self.batch_size // self.together)
+        members = []
+        for first in range(0, len(bundles), group):
+            ordered = sorted(bundles[first : first + group], key=lambda bundle: self.lengths[bundle[0]])
+            members += itertools.chain(*ordered)
+        batches = [members[at : at + self.batch_size] for at in range(0, len(members), self.batch_size)]
         short = batches.pop()  # the one that may be short of items stays last
         rng.shuffle(batches)
         return itertools.chain(*batches, short)
+
+    def _bundles(self, rng: random.Random) -> list[list[int]]:
+        """All indices in random order, with up to ``together`` of one prefix in a bundle."""
+        order = rng.sample(range(len(self)), len(self))
+        if self.together == 1:
+            return [[index] for index in order]
+        alike: dict = {}
+        for index in order:
+            alike.setdefault(self.prefixes[index], []).append(index)
+        bundles = []
+        for members in alike.values():
+            # lengths that are blurred: bundles of about one length, and other ones in each epoch
+            blurred = {index: self.lengths[index] + rng.gauss(0, 8) for index in members}
+            members.sort(key=blurred.__getitem__)
+            count = -(-len(members) // self.together)
+            edges = [round(part * len(members) / count) for part in range(count + 1)]
+            bundles += [members[begin:end] for begin, end in itertools.pairwise(edges)]
+        rng.shuffle(bundles)
+        return bundles
 
 
 class ConsistencyTrainer(Trainer):
@@ -78,8 +105,14 @@ class ConsistencyTrainer(Trainer):
         )
         self.parts: list[torch.Tensor] = []  # losses since they were last logged
         rows = self.train_dataset.rows
-        lengths = [len(row["prompt_ids"]) + len(row["output_ids"]) for row in rows]
-        self.sampler = LengthGroups(lengths, self.args.per_device_train_batch_size, config.seed)
+        starts = [row.get("prefix_length", 0) for row in rows]
+        lengths = [
+            len(row["prompt_ids"]) + len(row["output_ids"]) - start for row, start in zip(rows, starts, strict=True)
+        ]
+        prefixes = [tuple(row["prompt_ids"][:start]) for row, start in zip(rows, starts, strict=True)]
+        self.sampler = LengthGroups(
+            lengths, self.args.per_device_train_batch_size, config.seed, prefixes, config.prefix_rows
+        )
 
     def _get_train_sampler(self, train_dataset=None):
         return self.sampler
@@ -303,9 +336,12 @@ def train(
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
     )
-    attention = config.attention
-    if attention == "auto":
-        attention = "flex_attention" if arguments.device.type == "cuda" else None
+    attention = config.attention if config.attention != "auto" else _attention_for(model, arguments.device)
+    if config.gradient_checkpointing and attention != SEGMENTS and any(row.get("prefix_length") for row in kept):
+        raise ValueError(
+            f"gradient_checkpointing=True with attention {attention or 'of the model'!r}: the rows have a "
+            "prefix_length, and the keys of shared prefixes are lost by it; remove prefix_length from the rows"
+        )
     model.train()
     trained = _with_lora(model, config) if config.lora_rank else model
     if config.gradient_checkpointing:
@@ -335,7 +371,7 @@ def train(
             trainer.add_callback(callback)
         if checkpoint is not None:
             checkpoints.restore(checkpoint)
-        begin = time.perf_counter()
+        begin, worked = time.perf_counter(), time.process_time()
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.accelerator.get_state_dict(trainer.model)
     record = {
@@ -348,6 +384,7 @@ def train(
         "trained_parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
         "steps": trainer.state.global_step,
         "seconds": round(time.perf_counter() - begin, 1),
+        "cpu_seconds": round(time.process_time() - worked, 1),  # of all threads; what a shared machine leaves out
         "processes": arguments.world_size,
         "distributed": trainer.accelerator.distributed_type.value,
         "threads": torch.get_num_threads(),
@@ -372,6 +409,15 @@ def train(
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
     return record
+
+
+def _attention_for(model: PreTrainedModel, device: torch.device) -> str | None:
+    """What ``attention="auto"`` means for a model; None leaves the model's own."""
+    if device.type == "cuda":
+        return "flex_attention"
+    config = model.config.get_text_config(decoder=True)
+    plain = config._attn_implementation == "sdpa" and getattr(config, "attn_logit_softcapping", None) is None
+    return SEGMENTS if plain else None
 
 
 def _check_window(model: PreTrainedModel, rows: list[dict]) -> None:

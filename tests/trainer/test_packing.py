@@ -182,9 +182,23 @@ def test_batches_hold_one_length_in_no_order():
     assert 0.35 < rising / len(means) < 0.65
 
 
-def test_without_states_there_is_no_mask_and_no_consistency_loss():
+def test_bundles_share_their_prefix():
+    rng = random.Random(0)
+    lengths, prefixes = zip(*[(rng.randrange(20, 200), rng.randrange(30)) for _ in range(1000)], strict=True)
+    sampler = LengthGroups(lengths, 16, 1, prefixes, together=4)
+    orders = []
+    for sampler.epoch in range(2):
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1000))
+        batches = [orders[-1][at : at + 16] for at in range(0, 1000, 16)]
+        different = sum(len({prefixes[index] for index in batch}) for batch in batches) / len(batches)
+        assert different < 6  # four, and what begins in one batch and ends in the next
+    assert orders[0] != orders[1]
+
+
+def test_without_states_there_is_no_consistency_loss():
     batch = collate(draw(blocks=0), PAD)
-    assert set(batch) == {"input_ids", "position_ids", "labels", "outputs"}
+    assert set(batch) == {"input_ids", "position_ids", "labels", "outputs", "seen", "group"}
     ar, consistency = losses(torch.randn(*batch["labels"].shape, 7), batch["labels"].clamp(max=6))
     assert ar > 0 and consistency == 0
 
@@ -192,6 +206,7 @@ def test_without_states_there_is_no_mask_and_no_consistency_loss():
 @pytest.mark.parametrize(
     "line",
     ['{"prompt_ids": [1]', '{"prompt_ids": [1]}', '{"prompt_ids": [], "output_ids": [1]}', "[1]",
+     '{"prompt_ids": [1, 2], "output_ids": [1], "prefix_length": 2}',
      '{"prompt_ids": [1], "output_ids": [1], "states": [[0, []]]}', '{"prompt_ids": [1], "output_ids": [1], "states": [5]}'],
 )  # fmt: skip
 def test_broken_rows_are_named(tmp_path, line):

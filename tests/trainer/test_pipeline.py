@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
 from cllm_kernels.comparison import load_model
-from cllm_kernels.spider import prompt_for
+from cllm_kernels.spider import prompt_for, read_questions
 
 SCHEMA = {
     "db_id": "shop",
@@ -109,6 +110,87 @@ def test_split_is_fixed_and_disjoint():
     assert len(held_out) == 10 and len(training) == 190
     assert sorted(training + held_out, key=lambda row: int(row["question"])) == rows
     assert spider.split(rows) == (training, held_out)
+
+
+def test_blends_mean_the_same():
+    ask = "select name from singer where country = 'France'"
+    questions = [
+        {"db_id": "a", "question": "Show the names of all singers from France .", "query": ask},
+        {"db_id": "a", "question": "Which singers are French, from France , and how are they called?", "query": ask},
+        {"db_id": "b", "question": "Singers in France ?", "query": ask},
+        {"db_id": "a", "question": "How many are there?", "query": "select count(*) from singer"},
+    ]
+    seen = set()
+    for seed in range(30):
+        blends = spider.blend(questions, seed)
+        assert blends == spider.blend(questions, seed)
+        for row in blends:
+            assert row["db_id"] == "a" and row["query"] == ask and "France" in row["question"]
+            seen.add(row["question"])
+    assert len(seen) > 5 and not seen & {row["question"] for row in questions}
+
+
+def test_schemas_that_are_mixed_and_invented():
+    """The tables and columns that a query names stay, among others in another order."""
+    other = {**SCHEMA, "db_id": "bar", "table_names_original": ["Drink", "Guest"]}
+    questions = [row for row in spider.synthesize([SCHEMA], 60) if row["db_id"] == "shop"]
+    mixed = spider.mix_schemas(questions, [SCHEMA, other])
+    assert len(mixed) == len(questions) and mixed == spider.mix_schemas(questions, [SCHEMA, other])
+    for row in mixed:
+        shown = dict(part.split(" : ") for part in row["schema"].split(" | "))
+        for table in {"customer", "order_item"} & set(spider.tokenize(row["query"])):
+            assert set(shown[table].split(", ")) == set(spider.columns_of(SCHEMA)[table])
+    assert len({row["schema"] for row in mixed}) > 4 and any("drink : " in row["schema"] for row in mixed)
+    prompts = [prompt_for(row) for row in mixed]
+    assert all(text.startswith(spider.prompt_prefix(row)) for text, row in zip(prompts, mixed, strict=True))
+    invented = spider.invent_schemas([SCHEMA, other], 20)
+    assert len({spider.schema_text(spider.columns_of(entry)) for entry in invented}) > 15
+    for row in spider.show_schemas(spider.synthesize(invented, 100), invented):
+        table = row["query"].split(" from ")[1].split()[0]
+        assert f"{table} : " in row["schema"]
+
+
+@pytest.mark.parametrize("schema", [False, True])
+def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
+    """Every stage on 90 questions, with a few steps each; what it writes loads, and evaluates with all baselines."""
+    data, models, work = tmp_path / "data", tmp_path / "models", tmp_path / "work"
+    data.mkdir()
+    questions = spider.synthesize([SCHEMA], 60)
+    questions += [row | {"question": f"Now tell me: {row['question']}"} for row in questions[:30]]
+    monkeypatch.setattr(spider, "HELD_OUT", 0.2)  # some of either kind, with their query among the others and without
+    (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    (data / "dev.jsonl").write_text(json.dumps(questions[0]) + "\n")
+    (data / "tables.json").write_text(json.dumps([SCHEMA]))
+    for name in ("TARGET_CONFIG", "SCHEMA_CONFIG", "CLLM_CONFIG", "FINISH_CONFIG"):
+        short = {"epochs": 0.3, "batch_size": 8, "warmup_steps": 1, "drop_degenerate": False}
+        monkeypatch.setattr(spider, name, dataclasses.replace(getattr(spider, name), **short))
+    for name, value in {"SYNTHETIC": 20, "INVENTED": 16, "TRAJECTORIES": 12, "CROSSED": 8, "BLENDED": 4, "DRAFT_STEPS": 2, "DRAFT_WARM_UP": 0.5,
+                        "MEDUSA_STEPS": 2, "MAX_NEW_TOKENS": 12, "SAMPLE": 2}.items():  # fmt: skip
+        monkeypatch.setattr(spider, name, value)
+    # models of a few steps end no answer
+    read = spider.read_rows
+    monkeypatch.setattr(spider, "read_rows", lambda path: [row | {"finished": True} for row in read(path)])
+    monkeypatch.setattr(spider, "is_degenerate", lambda tokens: False)
+    options = ["spider", "--data", str(data), "--output", str(models), "--work", str(work), *["--schema"] * schema]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    record = json.loads((models / "spider-cllm" / "training_record.json").read_text())
+    assert record["crossed_rows"] == 8 and record["first_stage"]["rows"] < record["rows"]
+    for name in ("target", "cllm", "draft"):
+        assert (models / f"spider-{name}" / "README.md").read_text().startswith("---\nlicense")
+    assert ("{schema}" in (models / "spider-cllm" / "README.md").read_text()) == schema
+    for path in (models / "spider-cllm" / "held_out_sample.jsonl", work / "held_out.jsonl", work / "dev.jsonl"):
+        assert all(("schema" in row) == schema for row in read_questions(path))
+    assert all((row["prefix_length"] > 0) == schema for row in read_rows(work / "crossed.jsonl"))
+    options = ["evaluate", "--target", str(models / "spider-target"), "--cllm", str(models / "spider-cllm"),
+               "--draft", str(models / "spider-draft"), "--medusa", str(models / "spider-target" / "medusa.safetensors"),
+               "--questions", str(work / "held_out.jsonl"), "--output", str(tmp_path / "rows.json"), "--lookup",
+               "--max-new-tokens", "8", "--limit", "1"]  # fmt: skip
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    assert {row["method"] for row in json.loads((tmp_path / "rows.json").read_text())} == {
+        "hf_ar", "jacobi_window", "jacobi_block", "prompt_lookup", "draft_model", "medusa"
+    }  # fmt: skip
 
 
 def test_record_and_saved_weights(target):

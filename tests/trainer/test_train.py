@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from cllm_trainer import train as training
 from cllm_trainer.losses import (
+    SEGMENTS,
     check_head,
     chunked_losses,
     dense_mask,
@@ -160,6 +161,55 @@ def test_the_flex_mask_is_the_dense_mask(options):
     assert torch.equal(got, dense_mask(batch["seen"], batch["group"]))
 
 
+def with_prefixes(rows):
+    """The rows with prompts that begin alike: one with nothing, two with 3 and 9 tokens."""
+    prefixes = [[], [5, 6, 7], list(range(20, 29))]
+    return [
+        row | {"prompt_ids": prefix + row["prompt_ids"], "prefix_length": len(prefix)}
+        for row, prefix in zip(rows, 2 * prefixes, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"noisy_blocks": 0}, {"schedule": "random", "chained": True}, {"following": True}])
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gemma2", "mistral"}))  # plain attention
+def test_segments_and_shared_prefixes_give_the_loss_of_padded_rows(family, options):
+    """Losses, predictions and gradients, with a target."""
+    model, target = make_model(family), make_model(family, seed=1)
+    whole = None
+    for attention in ("eager", "sdpa", SEGMENTS):
+        for shared in (False, True):
+            rows = with_prefixes(make_rows(6))
+            if not shared:
+                rows = [row | {"prefix_length": 0} for row in rows]
+            dataset = TrajectoryDataset(rows, **{"noisy_blocks": 3, "augment": 0, **options})
+            batch = collate([dataset[index] for index in range(6)], PAD)
+            assert ("prefix_ids" in batch) == shared
+            target.set_attn_implementation(attention)
+            model.zero_grad()
+            with packed_forward(model, target=target, attention=attention):
+                parts, predictions = model(packed=batch | {"predict": True})
+            parts.sum().backward()
+            result = [parts.detach(), *(p.grad.clone() for p in model.parameters())]
+            if predictions is not None:
+                result.append(predictions)
+            for got, wanted in zip(result, whole or result, strict=True):
+                torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(result[0], (whole or result)[0], rtol=1e-5, atol=1e-5)
+            whole = whole or result
+
+
+def test_segments_refuse_what_they_do_not_know():
+    model, batch = make_model("gemma2"), collate(draw(), PAD)
+    with packed_forward(model, attention=SEGMENTS), pytest.raises(NotImplementedError, match="softcap; take 'eager'"):
+        model(packed=batch)
+
+
+def test_checkpointing_would_lose_shared_prefixes(tmp_path):
+    config = dataclasses.replace(CONFIG, gradient_checkpointing=True, attention="sdpa")
+    with pytest.raises(ValueError, match="remove prefix_length"):
+        train(make_model(), make_tokenizer(), with_prefixes(make_rows(6)), tmp_path, config)
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_gives_the_loss_of_the_dense_mask(monkeypatch):
     """The forward by FlexAttention uncompiled; a GPU compiles it, and the CPU's has no backward."""
@@ -169,12 +219,13 @@ def test_flex_attention_gives_the_loss_of_the_dense_mask(monkeypatch):
     calls = []
     monkeypatch.setattr(WrappedFlexAttention, "__init__", lambda self, training: None)
     monkeypatch.setattr(WrappedFlexAttention, "__call__", lambda self: calls.append(1) or flex_attention)
-    batch, model = collate(draw(), PAD), make_model()
+    dataset, model = TrajectoryDataset(with_prefixes(make_rows(6)), noisy_blocks=3), make_model()
+    batch = collate([dataset[index] for index in range(6)], PAD)
     parts = {}
     for attention in ("sdpa", "flex_attention"):
         with torch.no_grad(), packed_forward(model, attention=attention):
             parts[attention], _ = model(packed=batch)
-    assert len(calls) == 2  # once a layer
+    assert len(calls) == 4  # of each layer, for the prefixes and for the rows
     torch.testing.assert_close(*parts.values(), rtol=1e-5, atol=1e-5)
 
 
