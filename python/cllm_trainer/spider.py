@@ -26,7 +26,7 @@ from .collect import collect, prompts_of, tqdm_of
 from .packing import initial_states
 from .rows import read_rows
 from .settings import TrainConfig
-from .sql import columns_of, tokenize
+from .set_match import schema_of, tokenize
 from .train import train
 
 _VALUE = re.compile(r"'[^']*'|(?<![\w.])\d+(?:\.\d+)?")
@@ -234,7 +234,7 @@ def _question(schema: _Schema, rng: random.Random) -> tuple[str, str] | None:
 
 def show_schemas(questions: list[dict], schemas: list[dict]) -> list[dict]:
     """The questions with the text of their database's schema, which :func:`cllm_kernels.spider.prompt_for` shows."""
-    texts = {entry["db_id"]: schema_text(columns_of(entry)) for entry in schemas}
+    texts = {entry["db_id"]: schema_text(schema_of(entry).columns) for entry in schemas}
     return [row | {"schema": texts[row["db_id"]]} for row in questions]
 
 
@@ -245,7 +245,7 @@ def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> li
     model has to look where a name stands instead of learning each database by heart.
     """
     rng = random.Random(seed)
-    tables = {entry["db_id"]: columns_of(entry) for entry in schemas}
+    tables = {entry["db_id"]: schema_of(entry).columns for entry in schemas}
     others = [item for own in tables.values() for item in own.items() if item[1]]
     of_database: dict[str, list[dict]] = {}
     for row in rng.sample(questions, len(questions)):

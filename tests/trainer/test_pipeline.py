@@ -139,12 +139,12 @@ def test_schemas_that_are_mixed_and_invented():
     for row in mixed:
         shown = dict(part.split(" : ") for part in row["schema"].split(" | "))
         for table in {"customer", "order_item"} & set(spider.tokenize(row["query"])):
-            assert set(shown[table].split(", ")) == set(spider.columns_of(SCHEMA)[table])
+            assert set(shown[table].split(", ")) == set(spider.schema_of(SCHEMA).columns[table])
     assert len({row["schema"] for row in mixed}) > 4 and any("drink : " in row["schema"] for row in mixed)
     prompts = [prompt_for(row) for row in mixed]
     assert all(text.startswith(spider.prompt_prefix(row)) for text, row in zip(prompts, mixed, strict=True))
     invented = spider.invent_schemas([SCHEMA, other], 20)
-    assert len({spider.schema_text(spider.columns_of(entry)) for entry in invented}) > 15
+    assert len({spider.schema_text(spider.schema_of(entry).columns) for entry in invented}) > 15
     for row in spider.show_schemas(spider.synthesize(invented, 100), invented):
         table = row["query"].split(" from ")[1].split()[0]
         assert f"{table} : " in row["schema"]
