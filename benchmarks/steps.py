@@ -11,8 +11,8 @@ steps whose status is read a graph late (ours_graph; with the compiled forward, 
 step in which the device idles: kernels' times are those of torch's profiler, the step's time was taken without it.
 On the CPU, --fusions adds what each of our kernels gives: ours with torch's linear layers, with window_linear alone (the
 decoder layers not fused), and with lm_head_argmax in place of logits (without converge_, which takes these).
-The floor is the time in which a copy would read the weights and
-the cache once, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
+The floor is the time in which the weights and the cache are read once at the bandwidth that a copy (on the CPU, or a
+sum) reaches, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
 
     python benchmarks/steps.py --plot benchmarks/results/steps_cpu_fp32.json
 
@@ -217,7 +217,8 @@ def floor_seconds(model, batch: int, length: int, width: int, dtype: torch.dtype
     keys = 2 * batch * config.num_hidden_layers * config.num_key_value_heads * length * dim
     flops = 2 * batch * width * weights + 4 * batch * width * config.num_hidden_layers * config.num_attention_heads * length * dim
     threads = torch.get_num_threads()
-    arithmetic = rate(dtype if device.type == "cuda" else torch.float32, threads)
+    # on the CPU, bf16 is also computed in fp32 where that is faster
+    arithmetic = max(rate(one, threads) for one in ((dtype,) if device.type == "cuda" else (dtype, torch.float32)))
     return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
 
 
