@@ -32,7 +32,7 @@ def test_block_attention(lengths, capacity):
     query, keys = torch.randn(2, 4, 6, 16), torch.randn(2, 2, capacity, 16)
     lengths, starts = torch.tensor([lengths, [0, 0]], dtype=torch.int32)
     with Allocations() as made:
-        block_attention.block_attention(query, keys, keys, lengths.clamp(max=capacity - 4), starts, None, 0, 0.0, None)
+        block_attention.block_attention(query, keys, keys, lengths.clamp(max=capacity - 4), starts, None, 0, 0.0, None, 4)
     rows = 4 * 3
     splits = configs.splits(capacity, 4, configs.attention_config(16, 16, query.dtype, rows).block_rows)
     partial = [] if splits == 1 else [2 * 2 * splits * rows * 16 * 4, 2 * 2 * splits * rows * 4]
