@@ -169,7 +169,9 @@ def evaluate(
     questions: Annotated[Path, typer.Option(help="JSONL of the task, such as Spider's dev.jsonl.")],
     output: Annotated[Path, typer.Option(help="The rows go here, as JSON, and the tables beside it, as Markdown.")],
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "spider",
-    schemas: Annotated[Path | None, typer.Option(help="Spider's tables.json, to execute the queries too.")] = None,
+    schemas: Annotated[
+        Path | None, typer.Option(help="Spider's tables.json, for the script's set match and to execute queries.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Takes the first rows only.")] = None,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
