@@ -2,7 +2,7 @@
 # make test    runs the tests
 # make bench   runs the kernel benchmarks, writes and plots benchmarks/results/
 # make gpu-check  on a machine with a GPU: builds, runs the GPU tests and the kernel benchmarks there
-# make models  trains the bundled models again (needs DATA, the folder with Spider's train.jsonl and tables.json)
+# make models  trains the bundled models again (needs DATA, the folder with Spider's train.jsonl, dev.jsonl and tables.json)
 # Each sets up .venv by itself; python3 and g++ are all it needs.
 
 PYTHON ?= python3

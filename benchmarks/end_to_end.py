@@ -11,10 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from plot import plt, save
 
 
 def main(source):
@@ -41,11 +38,8 @@ def main(source):
         accepts.set(xlabel="tokens committed by a forward", ylabel="share of forwards")
         accepts.legend(fontsize=7)
     first = rows[0]
-    figure.suptitle(f"{first['workload']}, {first['dtype']}, {first['device']}, {first['threads']} threads, medians")
-    figure.tight_layout()
-    path = Path(source).with_suffix(".png")
-    figure.savefig(path, dpi=80)
-    print(path)
+    title = f"{first['workload']}, {first['dtype']}, {first['device']}, {first['threads']} threads, medians"
+    print(save(figure, Path(source).with_suffix(".png"), title))
 
 
 if __name__ == "__main__":

@@ -43,10 +43,16 @@ def draw(path, panels, x, title):
         axis.set(title=name, xscale="log", yscale="log", xlabel=x, ylabel="µs")
         axis.grid(alpha=0.3)
     figure.legend(styles.values(), styles.keys(), loc="lower center", ncols=3, fontsize=8)
+    save(figure, path, title, bottom=0.04 + 0.06 / rows)
+
+
+def save(figure, path, title, bottom=0.0):
+    """Writes a figure with its title; panels keep off the share `bottom` of its height. Returns the path."""
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.04 + 0.06 / rows, 1, 1))
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     figure.savefig(path, dpi=80)
     plt.close(figure)
+    return path
 
 
 def draw_steps(source):
@@ -81,12 +87,8 @@ def draw_steps(source):
             axis.grid(alpha=0.3)
             axis.legend(fontsize=7)
     first = rows[0]
-    figure.suptitle(f"{first['dtype']}, {first['device']}, {first['threads']} threads, medians")
-    figure.tight_layout()
-    path = Path(source).with_suffix(".png")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
-    return path
+    title = f"{first['dtype']}, {first['device']}, {first['threads']} threads, medians"
+    return save(figure, Path(source).with_suffix(".png"), title)
 
 
 def main(source):

@@ -275,8 +275,7 @@ def measure(
     shape: str, dtype: torch.dtype, device: torch.device, batch: int, widths, lengths, repeats: int, compiled: bool,
     eager_widths, compiled_widths, fusions: bool, done
 ):  # fmt: skip
-    """Rows of one shape; `done` gets those of a cache length when they are there."""
-    rows = []
+    """Measures one shape; `done` gets the rows of a cache length when they are there."""
     model = random_model(shape, dtype, device)
     on_gpu = has_graphs(device)
     backend = backends.resolve("auto", device, cuda_refusal(dtype))
@@ -364,11 +363,9 @@ def measure(
                     "torch": torch.__version__, "transformers": transformers.__version__,
                 }
             )  # fmt: skip
-        rows += part
         done(part)
         del ways, way, shared, session, cache
         gc.collect()
-    return rows
 
 
 def main(

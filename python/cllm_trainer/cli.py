@@ -258,7 +258,7 @@ def settings() -> None:
 
 @app.command()
 def spider(
-    data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl and tables.json.")],
+    data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl, dev.jsonl and tables.json.")],
     output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.")] = Path("models"),
     work: Annotated[
         Path, typer.Option(help="Trajectories and the held-out questions go here.")
