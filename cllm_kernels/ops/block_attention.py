@@ -258,7 +258,7 @@ def _implementation(
         with torch.cuda.device_of(query):  # Triton launches on the current device
             return run(query, key_cache, value_cache, lengths, starts, scale, sliding_window, softcap, sinks, branch)
     out = query.new_empty(batch, width, heads, value_dim)
-    lse = query.new_empty(batch, heads, width, dtype=torch.float32)
+    lse = torch.empty(batch, heads, width, dtype=torch.float32, device=query.device)
     arguments = (
         query.data_ptr(), *query.stride()[:3],
         key_cache.data_ptr(), *key_cache.stride()[:3],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ._library import DTYPE_CODES, check_float, check_last_dim, check_rank, check_same, check_shape, register
-from .window_linear import DTYPES
+from .window_linear import DTYPES, layer_fits
 
 
 def lm_head_argmax(
@@ -45,6 +45,24 @@ def lm_head_argmax(
 
 
 def _check(hidden, weight, bias, scale, softcap) -> None:
+    shape, dtype = hidden.shape, hidden.dtype
+    if not (  # what every forward on the CPU has
+        len(shape) == 3
+        and shape[2] >= 1
+        and dtype in DTYPES
+        and hidden.is_cpu
+        and hidden.stride()[2] == 1
+        and bias is None
+        and layer_fits(weight, None, (weight.shape[0], shape[2]), dtype)
+    ):
+        _check_tensors(hidden, weight, bias)
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be finite")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap is {softcap}; it must be finite and at least 0, which means none")
+
+
+def _check_tensors(hidden, weight, bias) -> None:
     check_rank("hidden", hidden, "B, n, H")
     check_rank("weight", weight, "V, H")
     check_shape("weight", weight, (weight.size(0), hidden.size(2)))
@@ -58,10 +76,6 @@ def _check(hidden, weight, bias, scale, softcap) -> None:
         check_shape("bias", bias, (weight.size(0),))
         check_same("bias", bias, "hidden", hidden)
         check_last_dim("bias", bias)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}; it must be finite")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap is {softcap}; it must be finite and at least 0, which means none")
 
 
 def reference(hidden, weight, bias=None, scale=1.0, softcap=0.0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,13 +102,15 @@ def _implementation(
         return reference(hidden, weight, bias, scale, softcap)
     if chosen == "cpp":
         hidden = hidden.contiguous()
-        index = hidden.new_empty(hidden.shape[:2], dtype=torch.int64)
-        value = hidden.new_empty(hidden.shape[:2], dtype=torch.float32)
-        if index.numel():
+        batch, width, inputs = hidden.shape
+        # half as long as by new_empty with a dtype
+        index = torch.empty(batch, width, dtype=torch.int64)
+        value = torch.empty(batch, width, dtype=torch.float32)
+        if batch * width:
             backends.EXTENSION.lm_head_argmax(
                 hidden.data_ptr(), weight.data_ptr(), weight.stride(0), 0 if bias is None else bias.data_ptr(),
                 scale, softcap, index.data_ptr(), value.data_ptr(),
-                index.numel(), hidden.size(2), weight.size(0), DTYPE_CODES[hidden.dtype], torch.get_num_threads(),
+                batch * width, inputs, weight.shape[0], DTYPE_CODES[hidden.dtype], torch.get_num_threads(),
             )  # fmt: skip
         return index, value
     from ..triton.lm_head_argmax import lm_head_argmax as run

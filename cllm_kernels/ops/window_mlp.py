@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from .. import backends
 from ._library import check_rank, check_same, check_shape, register
 from .block_attention import DTYPE_CODES
-from .window_linear import check_layer, check_rows, layer_arguments, linear_reference, resolve_cpu
+from .window_linear import (
+    DTYPES, LAYER_ROWS, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
+)  # fmt: skip
 from .window_qkv import rms_norm_reference
 
 
@@ -38,7 +40,28 @@ def window_mlp(
     return _call(x, attended, output, norm, eps, gate, up, down, output_bias, backend)
 
 
+def _fits(x, attended, output, norm, gate, up, down, output_bias) -> bool:
+    """Whether `_check` would pass, for the arguments of every layer of every forward; False leaves it open."""
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 3 or dtype not in DTYPES or not x.is_cpu:
+        return False
+    batch, width, hidden = shape
+    inputs, inner = attended.shape[-1], gate.shape[0]
+    return (
+        1 <= batch * width <= LAYER_ROWS
+        and hidden >= 1 <= inputs
+        and fits(attended, (batch, width, inputs), dtype)
+        and fits(norm, (hidden,), dtype)
+        and layer_fits(output, output_bias, (hidden, inputs), dtype)
+        and layer_fits(gate, None, (inner, hidden), dtype)
+        and layer_fits(up, None, (inner, hidden), dtype)
+        and layer_fits(down, None, (hidden, inner), dtype)
+    )
+
+
 def _check(x, attended, output, norm, gate, up, down, output_bias) -> None:
+    if _fits(x, attended, output, norm, gate, up, down, output_bias):
+        return
     check_rows(x)
     batch, width, hidden = x.shape
     check_rank("attended", attended, "B, n, A")

@@ -7,7 +7,9 @@ import torch
 from .. import backends
 from ._library import check_same, check_shape, register
 from .block_attention import DTYPE_CODES
-from .window_linear import check_layer, check_rows, layer_arguments, linear_reference, resolve_cpu
+from .window_linear import (
+    DTYPES, LAYER_ROWS, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
+)  # fmt: skip
 
 
 def window_qkv(
@@ -47,7 +49,32 @@ def window_qkv(
     )  # fmt: skip
 
 
+def _fits(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias, query_norm, key_norm) -> bool:
+    """Whether `_check` would pass, for the arguments of every layer of every forward; False leaves it open."""
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 3 or dtype not in DTYPES or not x.is_cpu:
+        return False
+    batch, width, hidden = shape
+    dim, queries, keys = cos.shape[-1], query.shape[0], key.shape[0]
+    return (
+        1 <= batch * width <= LAYER_ROWS
+        and hidden >= 1
+        and dim >= 2
+        and dim % 2 == queries % dim == keys % dim == 0
+        and fits(norm, (hidden,), dtype)
+        and fits(cos, (batch, width, dim), dtype)
+        and fits(sin, (batch, width, dim), dtype)
+        and layer_fits(query, query_bias, (queries, hidden), dtype)
+        and layer_fits(key, key_bias, (keys, hidden), dtype)
+        and layer_fits(value, value_bias, (keys, hidden), dtype)
+        and fits(query_norm, (dim,), dtype)
+        and fits(key_norm, (dim,), dtype)
+    )
+
+
 def _check(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias, query_norm, key_norm) -> None:
+    if _fits(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias, query_norm, key_norm):
+        return
     check_rows(x)
     batch, width, hidden = x.shape
     dim = cos.size(-1)

@@ -45,8 +45,8 @@ void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
   return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : linear_inputs<bf16_t>(p, row, to);
 }
 
-void linear_any(const LinearParams& p, int64_t begin, int64_t end) {
-  return p.dtype == DType::f32 ? linear<float>(p, begin, end) : linear<bf16_t>(p, begin, end);
+void linear_any(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+  return p.dtype == DType::f32 ? linear<float>(p, begin, end, next) : linear<bf16_t>(p, begin, end, next);
 }
 
 // Calls `body` with a null pointer of the type that `dtype` names, float32 or bfloat16.

@@ -42,8 +42,9 @@ struct Kernels {
   // Bytes of a row of x as `linear` reads it; 0: it reads x where it lies. Else `linear_inputs` writes it.
   size_t (*linear_row_size)(const LinearParams&);
   void (*linear_inputs)(const LinearParams&, int64_t row, void* to);
-  // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote.
-  void (*linear)(const LinearParams&, int64_t begin, int64_t end);
+  // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote. `next`: weights that are
+  // read after these, or null where they lie behind them.
+  void (*linear)(const LinearParams&, int64_t begin, int64_t end, const void* next);
   // Of one row of fp32 or bf16; see row_ops.h.
   void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);
   void (*silu_multiply)(void* gate, const void* up, int64_t count, DType dtype);

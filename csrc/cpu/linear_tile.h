@@ -127,7 +127,8 @@ void linear_inputs(const LinearParams& p, int64_t row, void* to) {
 template <class T, int R, int C>
 CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t output, const vfloat (&sum)[R][C]) {
   constexpr int rest = C % 4, whole = C - rest;
-  T* out = static_cast<T*>(p.out) + row * p.out_stride + output;
+  const int64_t stride = p.out_stride;
+  T* out = static_cast<T*>(p.out) + row * stride + output;
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
@@ -136,7 +137,7 @@ CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t outp
       const vfloat v[4] = {sum[r][c], sum[r][c + 1], sum[r][c + 2], sum[r][c + 3]};
       vquad total = add_lanes(v);
       if (bias) total += load_quad(bias + c);
-      store_quad(out + r * p.out_stride + c, total);
+      store_quad(out + r * stride + c, total);
     }
   if constexpr (rest > 0) {
 #pragma GCC unroll 4
@@ -152,10 +153,11 @@ CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t outp
         for (int i = 0; i < 4; ++i) total[i] += widen(bias[whole + (first + i) % rest]);
       T values[4];
       store_quad(values, total);
+      constexpr int piece = 4 % rest == 0 ? rest : 1;  // values that stand side by side
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4; i += piece) {
         const int at = first + i;
-        if (at < R * rest) out[at / rest * p.out_stride + whole + at % rest] = values[i];
+        if (at < R * rest) memcpy(out + at / rest * stride + whole + at % rest, values + i, piece * sizeof(T));
       }
     }
   }
@@ -178,14 +180,16 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
 }
 
 // Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile:
-// `Fetch` of their C rows by each tile, so that the memory never rests.
+// `Fetch` of their C rows by each tile, so that the memory never rests. Behind the last group come those at `after`.
 template <class T, int C, int Fetch>
-void linear_outputs(const LinearParams& p, int64_t begin, int64_t end) {
+void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
   const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows;
-  for (int64_t output = begin; output < end; output += C)
+  for (int64_t output = begin; output < end; output += C) {
+    const T* group = static_cast<const T*>(p.weight) + (output + C) * p.weight_stride;
+    if (output + C >= end) group = after;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
-      const T* next = static_cast<const T*>(p.weight) + (output + C + i * Fetch) * p.weight_stride;
+      const T* next = group + i * Fetch * p.weight_stride;
       with_block<linear_rows>(count, [&](auto size) {
         constexpr int R = decltype(size)::value;
         if (i * Fetch < C)
@@ -194,20 +198,24 @@ void linear_outputs(const LinearParams& p, int64_t begin, int64_t end) {
           linear_tile<T, R, C, 0>(p, row, output, nullptr);
       });
     }
+  }
 }
 
 template <class T>
-void linear(const LinearParams& p, int64_t begin, int64_t end) {
+void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+  const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * p.weight_stride; };
+  const T* last = next ? static_cast<const T*>(next) : weights(end);
   const auto run = [&](auto outputs) {
     constexpr int C = decltype(outputs)::value;
     const int64_t whole = begin + (end - begin) / C * C;
+    const T* after = whole < end ? weights(whole) : last;
     if (p.rows <= linear_rows)
-      linear_outputs<T, C, C>(p, begin, whole);
+      linear_outputs<T, C, C>(p, begin, whole, after);
     else if (p.rows <= 2 * linear_rows)
-      linear_outputs<T, C, (C + 1) / 2>(p, begin, whole);
+      linear_outputs<T, C, (C + 1) / 2>(p, begin, whole, after);
     else
-      linear_outputs<T, C, (C + 2) / 3>(p, begin, whole);
-    linear_outputs<T, 1, 1>(p, whole, end);
+      linear_outputs<T, C, (C + 2) / 3>(p, begin, whole, after);
+    linear_outputs<T, 1, 1>(p, whole, end, last);
   };
   if (p.rows <= 2) return run(std::integral_constant<int, tile_outputs(1)>{});
   if (p.rows == 3) return run(std::integral_constant<int, tile_outputs(3)>{});

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "kernels.h"
+#include "rotary.h"
 #include "vec.h"
 
 namespace cllm::cpu {
@@ -32,7 +33,9 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t count, T* out) {
   const vfloat sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   for (int lane = 0; lane < native; ++lane) total += sum[lane];
   const float factor = 1 / sqrtf(total / static_cast<float>(count) + eps);
-  for (i = 0; i < count; ++i) narrow(widen(weight[i]) * rounded<T>(widen(x[i]) * factor), out + i);
+  for (i = 0; i + native <= count; i += native)
+    store(out + i, load(weight + i) * rounded<T>(load(x + i) * factor));
+  for (; i < count; ++i) narrow(widen(weight[i]) * rounded<T>(widen(x[i]) * factor), out + i);
 }
 
 // gate = silu(gate) * up. Rounded in between, as a module for each would round. The rest of a row goes through a vector
@@ -43,13 +46,7 @@ void silu_multiply(T* gate, const T* up, int64_t count) {
     const vfloat v = load(x), exponent = v * -log2e;
     // exp2 takes less than 128; NaN stays
     const vfloat silu = v / (1.0f + exp2(exponent > 127.0f ? splat(127.0f) : exponent));
-    if constexpr (std::is_same<T, float>::value) {
-      store(to, silu * load(y));
-    } else {
-      float wide[native];
-      store(wide, silu);
-      for (int lane = 0; lane < native; ++lane) narrow(rounded<T>(wide[lane]) * widen(y[lane]), to + lane);
-    }
+    store(to, rounded<T>(silu) * load(y));
   };
   int64_t i = 0;
   for (; i + native <= count; i += native) step(gate + i, up + i, gate + i);

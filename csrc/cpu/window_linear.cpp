@@ -2,6 +2,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -22,8 +23,8 @@ constexpr int64_t memory_rows = 6;
 constexpr int64_t task_outputs = 24, tasks_per_thread = 8;
 
 // Bytes of logits that a thread holds until it has looked for the largest, and how many outputs that are at most: few
-// enough for the L1 cache in a window of decoding.
-constexpr int64_t head_bytes = 16 << 10, head_outputs = 240;
+// enough for the L2 cache, and enough that starting a search costs nothing.
+constexpr int64_t head_bytes = 256 << 10, head_outputs = 480;
 
 thread_local Scratch scratch;
 
@@ -85,12 +86,58 @@ void keep_best(const Best& next, Best& best) {
   if (more) best = next;
 }
 
-// Inside a parallel region; all threads wait at the end.
-void run_layer(const Kernels& run, const LinearParams& p, int team) {
-  const int64_t step = outputs_per_task(p.outputs, team);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t begin = 0; begin < p.outputs; begin += step) run.linear(p, begin, std::min(begin + step, p.outputs));
-}
+// Tasks of a team's threads. Each has a range of its own, which it takes in order: while the kernel computes it fetches
+// the weights that come next, and weights that fit in a core's cache are there in the next call. A thread that is done
+// takes from the ends of the others' ranges.
+class Tasks {
+ public:
+  Tasks(int64_t count, int team) : team_(team), shares_(team) {
+    for (int thread = 0; thread < team; ++thread)
+      shares_[thread].range = range(count * thread / team, count * (thread + 1) / team);
+  }
+
+  // The next task of a thread, or -1 when all are taken.
+  int64_t take(int thread) {
+    for (int i = 0; i < team_; ++i) {
+      std::atomic<uint64_t>& share = shares_[(thread + i) % team_].range;
+      uint64_t old = share.load(std::memory_order_relaxed);
+      while (old >> 32 < (old & 0xffffffff)) {
+        const uint64_t begin = old >> 32, end = old & 0xffffffff;
+        if (share.compare_exchange_weak(old, i ? range(begin, end - 1) : range(begin + 1, end),
+                                        std::memory_order_relaxed))
+          return i ? end - 1 : begin;
+      }
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Share {
+    std::atomic<uint64_t> range;  // first task, and behind the last one
+  };
+
+  static uint64_t range(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+
+  int team_;
+  std::vector<Share> shares_;
+};
+
+// A layer's outputs as tasks. Inside a parallel region `run` computes this thread's part of them.
+class LayerTasks {
+ public:
+  LayerTasks(const LinearParams& p, int team)
+      : params_(p), step_(outputs_per_task(p.outputs, team)), tasks_((p.outputs + step_ - 1) / step_, team) {}
+
+  void run(const Kernels& kernels, int thread) {
+    for (int64_t task; (task = tasks_.take(thread)) >= 0;)
+      kernels.linear(params_, task * step_, std::min((task + 1) * step_, params_.outputs), nullptr);
+  }
+
+ private:
+  const LinearParams& params_;
+  int64_t step_;
+  Tasks tasks_;
+};
 
 }  // namespace
 
@@ -103,9 +150,10 @@ void linear(const LinearParams& params, int threads) {
   for (int64_t row = 0; row < params.rows; ++row) inputs.prepare(row, memory);
   const LinearParams p = inputs.prepared(params, memory);
   const int team = team_size(work_of(p), threads);
-  if (team == 1) return run.linear(p, 0, p.outputs);
+  if (team == 1) return run.linear(p, 0, p.outputs, nullptr);
+  LayerTasks tasks(p, team);
 #pragma omp parallel num_threads(team)
-  run_layer(run, p, team);
+  tasks.run(run, omp_get_thread_num());
 }
 
 void lm_head_argmax(const HeadParams& p, int threads) {
@@ -124,12 +172,13 @@ void lm_head_argmax(const HeadParams& p, int threads) {
   for (int64_t row = 0; row < rows; ++row) inputs.prepare(row, memory);
   const LinearParams prepared = inputs.prepared(whole, memory);
   std::vector<Best> found(team * rows, Best{-INFINITY, whole.outputs, false});
+  Tasks tasks((whole.outputs + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int thread = omp_get_thread_num();
     char* logits = memory + logits_at + thread * logits_size;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t begin = 0; begin < whole.outputs; begin += step) {
+    for (int64_t task; (task = tasks.take(thread)) >= 0;) {
+      const int64_t begin = task * step;
       const int64_t count = std::min(step, whole.outputs - begin);
       LinearParams part = prepared;
       part.weight = static_cast<const char*>(whole.weight) + begin * whole.weight_stride * item;
@@ -137,7 +186,7 @@ void lm_head_argmax(const HeadParams& p, int threads) {
       part.out = logits;
       part.out_stride = step;
       part.outputs = count;
-      run.linear(part, 0, count);
+      run.linear(part, 0, count, nullptr);
       for (int64_t row = 0; row < rows; ++row) {
         char* here = logits + row * step * item;
         if (p.scale != 1 || p.softcap != 0) run.scale_logits(here, count, p.scale, p.softcap, whole.dtype);
@@ -179,6 +228,7 @@ void qkv(const QkvParams& p, int threads) {
   const int64_t step = outputs_per_task(outputs, team);
   int64_t first[4] = {};  // task of each layer
   for (int i = 0; i < 3; ++i) first[i + 1] = first[i] + (layers[i].outputs + step - 1) / step;
+  Tasks tasks(first[3], team);
   const int64_t query_heads = p.query.outputs / p.dim, heads = query_heads + p.key.outputs / p.dim;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
@@ -188,12 +238,13 @@ void qkv(const QkvParams& p, int threads) {
                    p.dtype);
       inputs.prepare(row, prepared);
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < first[3]; ++task) {
+    for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const int i = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
       const int64_t begin = (task - first[i]) * step;
-      run.linear(layers[i], begin, std::min(begin + step, layers[i].outputs));
+      const bool last = task + 1 == first[i + 1];
+      run.linear(layers[i], begin, std::min(begin + step, layers[i].outputs), last && i < 2 ? layers[i + 1].weight : nullptr);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < p.rows * heads; ++task) {
       const int64_t row = task / heads, head = task % heads;
@@ -234,13 +285,17 @@ void mlp(const MlpParams& p, int threads) {
   const int64_t work = work_of(output) + work_of(gates) + work_of(ups) + work_of(down);
   const int team = team_size(work, threads, parallel_mlp_work);
   const int64_t step = outputs_per_task(inner, team);
+  LayerTasks output_tasks(output, team), down_tasks(down, team);
+  Tasks tasks((inner + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
+    const int thread = omp_get_thread_num();
     if (attended.row_size) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.rows; ++row) attended.prepare(row, memory + attended_at);
     }
-    run_layer(run, output, team);
+    output_tasks.run(run, thread);
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row) {
       char* here = out + row * row_bytes;
@@ -248,21 +303,25 @@ void mlp(const MlpParams& p, int threads) {
       run.rms_norm(here, p.norm, p.eps, p.hidden, normed + row * row_bytes, p.dtype);
       gate_inputs.prepare(row, memory + gate_inputs_at);
     }
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t begin = 0; begin < inner; begin += step) {
-      const int64_t end = std::min(begin + step, inner);
-      run.linear(gates, begin, end);
-      run.linear(ups, begin, end);
+    for (int64_t task; (task = tasks.take(thread)) >= 0;) {
+      const int64_t begin = task * step, end = std::min(begin + step, inner);
+      const auto row_of = [&](const LinearParams& layer, int64_t output) {
+        return static_cast<const char*>(layer.weight) + output * layer.weight_stride * item;
+      };
+      run.linear(gates, begin, end, row_of(ups, begin));
+      run.linear(ups, begin, end, row_of(gates, end));
       for (int64_t row = 0; row < p.rows; ++row) {
         const int64_t at = (row * inner + begin) * item;
         run.silu_multiply(gate + at, up + at, end - begin, p.dtype);
       }
     }
+#pragma omp barrier
     if (down_inputs.row_size) {
 #pragma omp for schedule(static)
       for (int64_t row = 0; row < p.rows; ++row) down_inputs.prepare(row, memory + down_inputs_at);
     }
-    run_layer(run, down, team);
+    down_tasks.run(run, thread);
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row)
       run.add(out + row * row_bytes, sum + row * row_bytes, p.hidden, out + row * row_bytes, p.dtype);
