@@ -6,8 +6,8 @@ import torch
 
 from .. import backends
 from ._library import (
-    FLOAT_DTYPES,
     DTYPE_CODES,
+    FLOAT_DTYPES,
     check_device,
     check_float,
     check_last_dim,
@@ -72,7 +72,7 @@ def _check_angles(key, cos, sin) -> None:
 
 
 def _fits(key_cache, value_cache, key, value, lengths) -> bool:
-    """Whether `_check` would pass, for the arguments without angles of every layer of every forward; False leaves it open."""
+    """Whether `_check` would pass without angles, for the arguments of every layer; False leaves it open."""
     keys, values = key_cache.shape, value_cache.shape
     if not len(keys) == len(values) == len(key.shape) == 4:
         return False

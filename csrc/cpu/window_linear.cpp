@@ -14,9 +14,9 @@
 namespace cllm::cpu {
 namespace {
 
-// One core does this many multiply-adds in some twenty microseconds, several times what sharing out one layer costs. The
-// MLP has several layers, with a barrier behind each; on a machine that does other work a barrier waits for a time slice.
-constexpr int64_t parallel_work = 1'000'000, parallel_mlp_work = 4'000'000;
+// One core does this many multiply-adds in a few microseconds, more than sharing out one layer costs. The MLP has several
+// layers, with a barrier behind each; on a machine that does other work a barrier waits for a time slice.
+constexpr int64_t parallel_work = 300'000, parallel_mlp_work = 1'500'000;
 // Reading a weight takes one row as long as these many rows take to compute.
 constexpr int64_t memory_rows = 6;
 // Outputs of a task: a multiple of what every register tile holds. Several tasks a thread even out other load.
@@ -241,8 +241,8 @@ void qkv(const QkvParams& p, int threads) {
     for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const int i = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
       const int64_t begin = (task - first[i]) * step;
-      const bool last = task + 1 == first[i + 1];
-      run.linear(layers[i], begin, std::min(begin + step, layers[i].outputs), last && i < 2 ? layers[i + 1].weight : nullptr);
+      const void* next = i < 2 && task + 1 == first[i + 1] ? layers[i + 1].weight : nullptr;
+      run.linear(layers[i], begin, std::min(begin + step, layers[i].outputs), next);
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
