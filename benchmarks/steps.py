@@ -323,7 +323,8 @@ def measure(
                 name = "ours_compiled_graph"
                 ways[name, width] = our_way(name, session, width, backend, ours_enabled)
             times = {name: [] for name in ways}
-            for turn in range(repeats + 3):
+            warm = 3 if compiled or on_gpu else 1  # the first ones compile
+            for turn in range(warm + repeats):
                 for name, way in ways.items():
                     with way.setup():
                         way.restore()
@@ -334,7 +335,7 @@ def measure(
                         seconds = way.run()
                         sync()
                         wall = time.perf_counter() - begin
-                        if turn >= 3:  # the first ones compile
+                        if turn >= warm:
                             times[name].append(wall / way.steps if seconds is None else seconds)
             gaps = {}
             for name, way in ways.items() if on_gpu else ():
@@ -350,7 +351,7 @@ def measure(
             same = [method] if method.startswith("ours") else []
             one = next((times[name, 1] for name in (*same, "ours_graph", "ours") if (name, 1) in times), None)
             floor = floor_seconds(model, batch, length, width, dtype, device)
-            quartiles = statistics.quantiles(values, n=4)
+            quartiles = statistics.quantiles(values, n=4, method="inclusive")
             part.append(
                 {
                     "shape": shape, "method": method, "batch": batch, "block_size": width, "cache_length": length,
@@ -382,6 +383,7 @@ def main(
     compiled_width: Annotated[list[int], typer.Option(min=1)] = (),
     fusions: Annotated[bool, typer.Option(help="Ours without some of its kernels too; on the CPU.")] = False,
     json_path: Annotated[Path | None, typer.Option("--json")] = None,
+    keep: Annotated[bool, typer.Option(help="Other shapes' rows stay in the file of --json.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Measures nothing, draws this file of --json.")] = None,
 ) -> None:
     if plot:
@@ -392,12 +394,14 @@ def main(
         raise typer.BadParameter("--fusions compares kernels for the CPU")
     if threads:
         torch.set_num_threads(threads)
-    rows = []
+    rows, kept = [], []
+    if keep and json_path and json_path.exists():
+        kept = [row for row in json.loads(json_path.read_text()) if row["shape"] not in shape]
 
     def done(part):
         rows.extend(part)
         if json_path:  # whatever happens to the rest
-            json_path.write_text(json.dumps(rows, indent=1) + "\n")
+            json_path.write_text(json.dumps(kept + rows, indent=1) + "\n")
 
     for name, rows_of_batch in itertools.product(shape, batch):
         measure(
