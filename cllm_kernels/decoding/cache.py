@@ -60,9 +60,9 @@ class JacobiCache(Cache):
     def take_branches(self, width: int, branches: list[int], counts: list[int]) -> None:
         """Moves what each row's branch wrote for its first ``counts[row]`` tokens to where one window alone writes it.
 
-        width: rows of a branch.
+        width: rows of a branch; branches, counts: of the first rows.
         """
-        for row, (branch, count, length) in enumerate(zip(branches, counts, self.lengths.tolist(), strict=True)):
+        for row, (branch, count, length) in enumerate(zip(branches, counts, self.lengths.tolist(), strict=False)):
             if branch == 0 or count < 2:  # the first token is that of every branch
                 continue
             source = length + branch * width
