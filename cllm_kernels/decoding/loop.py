@@ -260,7 +260,7 @@ class _Windows:
                     for name in ("window", "kept", "since")
                 },
             )
-            self._left_at[width] = self._left_at[self.full.width]
+            self._left_at[width] = self._left_at[self.full.width].clone()
         if width > old.width:
             # What the wider window held when it was left, moved on by what was committed since; it may be all wrong.
             moved = new.produced - self._left_at[width]
