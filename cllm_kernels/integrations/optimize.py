@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..backends import resolve
 from ..decoding import JacobiCache
@@ -35,11 +36,13 @@ class Optimized:
     Attributes:
         linears: names of the linear layers that run by ``window_linear``.
         layers: names of the decoder layers that run by ``window_qkv``, ``block_attention`` and ``window_mlp``.
+        decoders: names of the modules that call these layers without looking for masks, defaults and outputs to record.
         left: names of the linear layers and of the decoder layers that were left alone, with the reason.
     """
 
     linears: tuple[str, ...]
     layers: tuple[str, ...]
+    decoders: tuple[str, ...]
     left: dict[str, str]
 
 
@@ -61,13 +64,15 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     """
     plan = _plan(model, backend)
     try:
-        for make, modules in ((_swapped_linear, plan.linears), (_swapped_layer, plan.layers)):
+        for make, modules in (
+            (_swapped_linear, plan.linears), (_swapped_layer, plan.layers), (_swapped_decoder, plan.decoders)
+        ):  # fmt: skip
             for module in modules.values():
                 # not by setattr, which would look for parameters and submodules
                 module.__dict__["forward"] = make(module)
-        yield Optimized(tuple(plan.linears), tuple(plan.layers), dict(plan.left))
+        yield Optimized(tuple(plan.linears), tuple(plan.layers), tuple(plan.decoders), dict(plan.left))
     finally:
-        for module in (*plan.linears.values(), *plan.layers.values()):
+        for module in (*plan.linears.values(), *plan.layers.values(), *plan.decoders.values()):
             module.__dict__.pop("forward", None)
 
 
@@ -78,6 +83,7 @@ class _Plan:
     facts: list
     linears: dict[str, nn.Module]
     layers: dict[str, nn.Module]
+    decoders: dict[str, nn.Module]
     left: dict[str, str]
 
 
@@ -91,7 +97,7 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
     plan = _plans.get(model)
     if plan is not None and plan.facts == facts:
         return plan
-    plan = _Plan(facts, {}, {}, {})
+    plan = _Plan(facts, {}, {}, {}, {})
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason, swapped = _linear_reason(module, backend), plan.linears
@@ -103,7 +109,11 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
             swapped[name] = module
         else:
             plan.left[name] = reason
-    if model not in (*plan.linears.values(), *plan.layers.values()):
+    swapped = plan.layers.values()
+    for name, module in model.named_modules():
+        if _is_decoder(module) and all(layer in swapped for layer in module.layers):
+            plan.decoders[name] = module
+    if model not in (*plan.linears.values(), *swapped, *plan.decoders.values()):
         _plans[model] = plan
     return plan
 
@@ -188,6 +198,30 @@ def _swapped_layer(layer: nn.Module) -> Callable:
     return forward
 
 
+def _swapped_decoder(model: nn.Module) -> Callable:
+    before = type(model).forward.__get__(model)
+
+    def forward(
+        input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
+        **kwargs,
+    ):  # fmt: skip
+        if type(past_key_values) is not JacobiCache or input_ids is None or position_ids is None or kwargs:
+            return before(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        hidden = model.embed_tokens(input_ids)
+        embeddings = model.rotary_emb(hidden, position_ids=position_ids)
+        for layer in model.layers:
+            hidden = layer(
+                hidden, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+                use_cache=use_cache, position_embeddings=embeddings,
+            )  # fmt: skip
+        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=past_key_values)
+
+    return forward
+
+
 def _linear_reason(module: nn.Linear, backend: str) -> str | None:
     """Why a linear layer is left alone, or None."""
     if type(module) is not nn.Linear:
@@ -213,11 +247,21 @@ def _parameters_reason(module: nn.Module, backend: str) -> str | None:
     return None
 
 
-def _family(layer: nn.Module) -> str | None:
-    """The family whose decoder layer this is, itself and not a subclass."""
-    name = type(layer).__name__.removesuffix("DecoderLayer")
+def _family(module: nn.Module, kind: str = "DecoderLayer") -> str | None:
+    """The family whose decoder layer, or module of another kind, this is, itself and not a subclass."""
+    name = type(module).__name__.removesuffix(kind)
     source = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
-    return name if name in _FAMILIES and type(layer).__module__ == source else None
+    return name if name in _FAMILIES and type(module).__module__ == source else None
+
+
+def _is_decoder(module: nn.Module) -> bool:
+    """Whether this is a known model without its head, as its class has it."""
+    return (
+        _family(module, "Model") is not None
+        and "forward" not in module.__dict__
+        and set(module._modules) == {"embed_tokens", "layers", "norm", "rotary_emb"}
+        and len(module.layers) == module.config.num_hidden_layers
+    )
 
 
 def _layer_reason(layer: nn.Module, backend: str) -> str | None:

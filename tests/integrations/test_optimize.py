@@ -66,6 +66,7 @@ def test_swaps_what_it_knows_and_undoes_it(family):
     with optimize(model) as done:
         assert set(done.linears) == linears
         assert len(done.layers) == (2 if family in KNOWN else 0)
+        assert done.decoders == (("model",) if family in KNOWN else ())
         assert set(done.left) == {"gemma2": layers, "phi3": layers}.get(family, set())
         inside = model.state_dict()
         assert inside.keys() == state.keys()
