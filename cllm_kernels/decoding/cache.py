@@ -20,6 +20,9 @@ class JacobiCache(Cache):
         backend: of ``append_kv_``.
         zeros: whether fresh buffers are zeros. Attention that adds a mask multiplies what it hides by 0, which must not
             be NaN; block attention does not read it.
+
+    Attributes:
+        keep: for how many of the last positions of the next forward its outputs are asked for; None for all.
     """
 
     def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto", zeros: bool = False):
@@ -28,6 +31,7 @@ class JacobiCache(Cache):
         self.capacity = capacity
         self.backend = backend
         self.zeros = zeros
+        self.keep: int | None = None
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(

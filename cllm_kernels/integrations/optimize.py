@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -156,12 +157,13 @@ def _swapped_layer(layer: nn.Module) -> Callable:
     window = _FAMILIES[_family(layer)](attention) or 0
     query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
     gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
-    # what is fused makes up for a somewhat slower kernel
-    rows = min(LAYER_ROWS, 2 * fast_rows(query["weight"].dtype, query["weight"].shape[1]))
+    # What is fused makes up for a somewhat slower kernel. More rows go in parts where torch's kernel is never faster.
+    fast = fast_rows(query["weight"].dtype, query["weight"].shape[1])
+    rows = math.inf if fast == LAYER_ROWS else 2 * fast
 
     def forward(
         hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        position_embeddings=None, **kwargs,
+        position_embeddings=None, keep=None, **kwargs,
     ):  # fmt: skip
         if (
             type(past_key_values) is not JacobiCache
@@ -177,25 +179,47 @@ def _swapped_layer(layer: nn.Module) -> Callable:
         cos, sin = position_embeddings
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
-        q, k, v = window_qkv(
-            hidden_states, first._parameters["weight"], first.variance_epsilon,
+        q, k, v = _in_parts(into_heads, hidden_states, cos, sin)
+        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
+        lengths, starts, branch = from_mask(attention_mask)
+        if keep is not None:
+            lengths = lengths + (q.shape[1] - keep)
+            q, hidden_states = q[:, -keep:], hidden_states[:, -keep:]
+        attended, _ = block_attention(
+            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, past_key_values.backend
+        )
+        (hidden_states,) = _in_parts(out_of_heads, hidden_states, attended.flatten(2))
+        return hidden_states
+
+    def into_heads(x, cos, sin):
+        return window_qkv(
+            x, first._parameters["weight"], first.variance_epsilon,
             query["weight"], key["weight"], value["weight"], cos, sin, query["bias"], key["bias"], value["bias"],
             None if query_norm is None else query_norm._parameters["weight"],
             None if key_norm is None else key_norm._parameters["weight"],
             0.0 if query_norm is None else query_norm.variance_epsilon,
             "cpp",
         )  # fmt: skip
-        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
-        lengths, starts, branch = from_mask(attention_mask)
-        attended, _ = block_attention(
-            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, past_key_values.backend
-        )
-        return window_mlp(
-            hidden_states, attended.flatten(2), output["weight"], second._parameters["weight"],
-            second.variance_epsilon, gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
+
+    def out_of_heads(x, attended):
+        return (
+            window_mlp(
+                x, attended, output["weight"], second._parameters["weight"],
+                second.variance_epsilon, gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
+            ),
         )  # fmt: skip
 
     return forward
+
+
+def _in_parts(call: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The outputs of an op on inputs ``[B, n, ...]`` that treats rows alike, by as many of these as it takes at once."""
+    batch, width = inputs[0].shape[:2]
+    if batch * width <= LAYER_ROWS:
+        return call(*inputs)
+    parts = zip(*(tensor.flatten(0, 1)[None].split(LAYER_ROWS, 1) for tensor in inputs), strict=True)
+    outputs = zip(*(call(*part) for part in parts), strict=True)
+    return tuple(torch.cat(parts, 1).view(batch, width, *parts[0].shape[2:]) for parts in outputs)
 
 
 def _swapped_decoder(model: nn.Module) -> Callable:
@@ -211,12 +235,17 @@ def _swapped_decoder(model: nn.Module) -> Callable:
                 past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
             )  # fmt: skip
         hidden = model.embed_tokens(input_ids)
-        embeddings = model.rotary_emb(hidden, position_ids=position_ids)
-        for layer in model.layers:
-            hidden = layer(
-                hidden, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
-                use_cache=use_cache, position_embeddings=embeddings,
-            )  # fmt: skip
+        options = dict(
+            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
+            position_embeddings=model.rotary_emb(hidden, position_ids=position_ids),
+        )  # fmt: skip
+        *layers, last = model.layers
+        for layer in layers:
+            hidden = layer(hidden, **options)
+        keep = past_key_values.keep
+        if keep is not None and keep < hidden.shape[1] and not any(map(_has_hooks, (model, last, model.norm))):
+            options["keep"] = keep
+        hidden = last(hidden, **options)
         return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=past_key_values)
 
     return forward
@@ -245,6 +274,15 @@ def _parameters_reason(module: nn.Module, backend: str) -> str | None:
         if tensor.device.type != "cpu" or resolve(backend, tensor.device) != "cpp":
             return f"its {name} is on {tensor.device} and the backend is {backend!r}; the C++ kernels do not run"
     return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def keeps_last(model: nn.Module) -> bool:
+    """Whether the logits of the last positions are known to need the last layer's output at these alone."""
+    return _family(model, "ForCausalLM") is not None
 
 
 def _family(module: nn.Module, kind: str = "DecoderLayer") -> str | None:
@@ -284,7 +322,7 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
     if set(modules) != {*classes, *projections, "mlp.act_fn"}:
         return "it has other submodules than its class is known for"
     for name, module in modules.items():
-        if name and (module._forward_hooks or module._forward_pre_hooks):  # its own run anyway
+        if name and _has_hooks(module):  # its own run anyway
             return f"{name} has hooks"
         if "forward" in module.__dict__:
             return f"the forward of {name or 'the layer'} was replaced"
