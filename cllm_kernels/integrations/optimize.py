@@ -112,7 +112,7 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
             plan.left[name] = reason
     swapped = plan.layers.values()
     for name, module in model.named_modules():
-        if _is_decoder(module) and all(layer in swapped for layer in module.layers):
+        if _is_decoder(module) and module.layers and all(layer in swapped for layer in module.layers):
             plan.decoders[name] = module
     if model not in (*plan.linears.values(), *swapped, *plan.decoders.values()):
         _plans[model] = plan
@@ -224,6 +224,7 @@ def _in_parts(call: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 def _swapped_decoder(model: nn.Module) -> Callable:
     before = type(model).forward.__get__(model)
+    *layers, last = list(model.layers)[: model.config.num_hidden_layers]
 
     def forward(
         input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
@@ -239,7 +240,6 @@ def _swapped_decoder(model: nn.Module) -> Callable:
             attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
             position_embeddings=model.rotary_emb(hidden, position_ids=position_ids),
         )  # fmt: skip
-        *layers, last = model.layers
         for layer in layers:
             hidden = layer(hidden, **options)
         keep = past_key_values.keep
@@ -298,7 +298,6 @@ def _is_decoder(module: nn.Module) -> bool:
         _family(module, "Model") is not None
         and "forward" not in module.__dict__
         and set(module._modules) == {"embed_tokens", "layers", "norm", "rotary_emb"}
-        and len(module.layers) == module.config.num_hidden_layers
     )
 
 

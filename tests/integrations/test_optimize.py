@@ -160,6 +160,19 @@ def test_the_last_layer_leaves_out_what_nobody_asks_for(family, length):
     assert seen == [11, 11, 11, keep]
 
 
+@pytest.mark.parametrize("family", KNOWN)
+def test_as_many_layers_run_as_the_configuration_says(family):
+    model, tokens = make_model(family, seed=5), torch.randint(3, VOCABULARY, (2, 7))
+    with optimize(model):
+        whole, _ = window_forward(model, tokens)
+    model.config.num_hidden_layers = 1
+    want, _ = window_forward(model, tokens)
+    with optimize(model):
+        got, _ = window_forward(model, tokens)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, whole, atol=1e-2)
+
+
 def test_only_known_models_keep_the_last_positions_alone():
     class Head(LlamaForCausalLM):
         pass
