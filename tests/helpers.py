@@ -92,16 +92,16 @@ class Frames:
 class Planted(LookupDrafts):
     """Candidates of which some go on as the output does, for a while."""
 
-    def __init__(self, prompt, starts, expected, seed):
-        super().__init__(prompt, starts)
+    def __init__(self, prompt, starts, order, expected, seed):
+        super().__init__(prompt, starts, order)
         self.expected = expected
         self.random = random.Random(seed)
 
     def candidates(self, state, most):
         windows = state.window[:, None].repeat(1, most, 1)
-        for row, produced in enumerate(state.produced.tolist()):
+        for row, (place, produced) in enumerate(zip(self.order, state.produced.tolist())):
             for branch in range(1, most):
-                right = self.expected[row][produced : produced + self.random.randrange(state.width)]
+                right = self.expected[place][produced : produced + self.random.randrange(state.width)]
                 drafts = right + self.random.choices(range(3, VOCABULARY), k=state.width - 1 - len(right))
                 windows[row, branch, 1:] = torch.tensor(drafts)
         return windows

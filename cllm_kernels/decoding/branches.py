@@ -37,7 +37,7 @@ class Branches:
         self.processing = processing
         self.backend = backend
         self.chosen = [0] * config.candidates
-        self._probes: dict[tuple[int, int], _Probe] = {}
+        self._probes: dict[tuple[int, int, int], _Probe] = {}
 
     def choose_(self, windows: torch.Tensor, state: JacobiState) -> tuple[torch.Tensor, torch.Tensor]:
         """One forward over windows ``[B, C, n]``, the first ones being the state's; gives each row its best one.
@@ -46,7 +46,7 @@ class Branches:
             logits and processed scores of the chosen windows, ``[B, n, V]`` each.
         """
         rows, count, width = windows.shape
-        positions = torch.cat([self.session.window_positions(width)] * count, 1)
+        positions = self.session.window_positions(width, count)
         logits = self.session.forward(windows.flatten(1), positions, count * width, width).unflatten(1, (count, width))
         scores = logits
         if self.processing.processors:
@@ -72,12 +72,15 @@ class Branches:
 
     def _commits(self, scores: torch.Tensor, windows: torch.Tensor, state: JacobiState) -> list[list[int]]:
         """How many tokens each branch would commit, ``[B][C]``."""
-        _, count, width = windows.shape
-        probe = self._probes.get((count, width))
+        # Rows only leave, so those of a batch of one size stay the same.
+        probe = self._probes.get(windows.shape)
         if probe is None:
-            probe = self._probes[count, width] = _Probe(state, count)
+            probe = self._probes[windows.shape] = _Probe(state, windows.shape[1])
         probe.set_(windows)
-        converge(scores.flatten(0, 1), probe.state, self.config, self.processing, self.backend)
+        converge(
+            scores.flatten(0, 1), probe.state, self.config, self.processing, self.backend, self.session.order,
+            windows.shape[1],
+        )  # fmt: skip
         return probe.gained()
 
 

@@ -20,6 +20,9 @@ class JacobiCache(Cache):
         backend: of ``append_kv_``.
         zeros: whether fresh buffers are zeros. Attention that adds a mask multiplies what it hides by 0, which must not
             be NaN; block attention does not read it.
+
+    Attributes:
+        keep: for how many of the last positions of the next forward its outputs are asked for; None for all.
     """
 
     def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto", zeros: bool = False):
@@ -28,6 +31,7 @@ class JacobiCache(Cache):
         self.capacity = capacity
         self.backend = backend
         self.zeros = zeros
+        self.keep: int | None = None
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
@@ -60,9 +64,9 @@ class JacobiCache(Cache):
     def take_branches(self, width: int, branches: list[int], counts: list[int]) -> None:
         """Moves what each row's branch wrote for its first ``counts[row]`` tokens to where one window alone writes it.
 
-        width: rows of a branch.
+        width: rows of a branch; branches, counts: of the first rows.
         """
-        for row, (branch, count, length) in enumerate(zip(branches, counts, self.lengths.tolist(), strict=True)):
+        for row, (branch, count, length) in enumerate(zip(branches, counts, self.lengths.tolist(), strict=False)):
             if branch == 0 or count < 2:  # the first token is that of every branch
                 continue
             source = length + branch * width

@@ -78,17 +78,21 @@ class LookupDrafts:
     Args:
         prompt: int64 ``[B, P]``, left padded.
         starts: first valid column of each row.
+        order: which row of the prompt each row of a state is, looked up in every call; None where all stay in place.
     """
 
-    def __init__(self, prompt: torch.Tensor, starts: list[int]):
+    def __init__(self, prompt: torch.Tensor, starts: list[int], order: list[int] | None = None):
         self.rows = [_Row(row[start:]) for row, start in zip(prompt.tolist(), starts, strict=True)]
         self.produced = [0] * len(self.rows)
+        self.order = list(range(len(self.rows))) if order is None else order
 
     def observe(self, state: JacobiState) -> None:
         """Takes in what the last step committed and what it predicted behind that."""
         done, windows, since = state.done.tolist(), state.window.tolist(), state.since.tolist()
         iterations = state.iterations.tolist()
-        for index, (row, old, new) in enumerate(zip(self.rows, self.produced, state.produced.tolist(), strict=True)):
+        for index, new in enumerate(state.produced.tolist()):
+            place = self.order[index]
+            row, old = self.rows[place], self.produced[place]
             if new == old:
                 continue
             row.extend(state.output[index, old:new].tolist())
@@ -96,12 +100,12 @@ class LookupDrafts:
                 # refilled drafts are no predictions
                 now = iterations[index]
                 row.recycle([token for token, at in zip(windows[index], since[index], strict=True) if at <= now])
-            self.produced[index] = new
+            self.produced[place] = new
 
     def _continuations(self, windows: list[list[int]], state: JacobiState, most: int) -> list[list[list[int]]]:
         return [
-            [] if done else row.continuations(window[1:], most)
-            for row, window, done in zip(self.rows, windows, state.done.tolist(), strict=True)
+            [] if done else self.rows[place].continuations(window[1:], most)
+            for place, window, done in zip(self.order, windows, state.done.tolist(), strict=False)
         ]
 
     def propose_(self, state: JacobiState) -> None:

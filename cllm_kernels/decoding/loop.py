@@ -75,10 +75,10 @@ def decode(
     state, forward = session.state, session.forward
     width = prompt.shape[1]
     lengths, starts = session.bounds.unbind()
-    windows = _Windows(state)
+    windows = _Windows(session)
     if config.adapts and choice is None:
         choice = AdaptiveChoice(config.width, config.sources)
-    lookup = LookupDrafts(prompt, starts.tolist()) if config.looks_up else None
+    lookup = LookupDrafts(prompt, starts.tolist(), session.order) if config.looks_up else None
     branches = Branches(session, config, processing, backend) if config.candidates > 1 else None
     source, candidates = config.sources[0]
     records: list[tuple[torch.Tensor, ...]] = []
@@ -98,7 +98,7 @@ def decode(
     looks = stopping is not None or keep_scores or keep_logits
 
     def advance(logits: torch.Tensor, scores: torch.Tensor) -> int:
-        commit = functools.partial(converge, scores, state, config, processing, backend)
+        commit = functools.partial(converge, scores, state, config, processing, backend, session.order)
         if looks:
             produced = state.produced.tolist()
             before = state.clone() if stopping is not None else None
@@ -140,13 +140,11 @@ def decode(
         running = int(state.status[0])
         if on_commit is not None:
             stream(int(state.produced[0]), state.output[0])
-    # Finished rows leave the batch where nothing knows rows by their number.
-    shrinks = session.cache is not None and not (
-        looks or config.adapts or config.record_trajectory or processing.processors or lookup
-    )
+    # Finished rows leave the batch where nobody outside knows rows by their number.
+    shrinks = session.cache is not None and processing.vectorised and not (looks or config.record_trajectory)
     while running:
         if shrinks and running < state.rows:
-            state = session.drop_finished()
+            state = windows.drop_finished()
         if choice is not None:
             started = time.perf_counter()
             source, candidates, n = choice.next()
@@ -218,20 +216,38 @@ def _stop(
 class _Windows:
     """The state at every width that is used; all share everything but the window, what belongs to it and the histogram.
 
-    Attributes:
-        current: the state that decoding goes on with.
+    Here the states have all rows; decoding goes on with the first ones of them, those of the session's state.
     """
 
-    def __init__(self, state: JacobiState):
-        self.current = self.full = state
-        self._states = {state.width: state}
+    def __init__(self, session: Session):
+        self.session = session
+        self.current = self.full = session.state
+        self._states = {self.full.width: self.full}
+        self._running = dict(self._states)
         self._left_at = {}
 
+    def drop_finished(self) -> JacobiState:
+        """Goes on with the running rows alone."""
+        own = [
+            getattr(state, name)
+            for state in self._states.values() if state is not self.full
+            for name in ("window", "kept", "since", "accept_histogram")
+        ]  # fmt: skip
+        self._running = {self.full.width: self.session.drop_finished([*own, *self._left_at.values()])}
+        return self.at(self.current.width)
+
     def at(self, width: int) -> JacobiState:
-        """Goes on with a window of that width: narrower ones are cut off, wider ones get back what they had."""
+        """Goes on with a window of that width."""
+        if width != self.current.width:
+            self._change_to(width)
+        state = self._running.get(width)
+        if state is None:
+            state = self._running[width] = self.current.first(self.session.state.rows)
+        return state
+
+    def _change_to(self, width: int) -> None:
+        """Narrower windows are cut off, wider ones get back what they had."""
         old = self.current
-        if width == old.width:
-            return old
         self._left_at[old.width] = old.produced.clone()
         new = self._states.get(width)
         if new is None:
@@ -244,7 +260,7 @@ class _Windows:
                     for name in ("window", "kept", "since")
                 },
             )
-            self._left_at[width] = self._left_at[self.full.width]
+            self._left_at[width] = self._left_at[self.full.width].clone()
         if width > old.width:
             # What the wider window held when it was left, moved on by what was committed since; it may be all wrong.
             moved = new.produced - self._left_at[width]
@@ -256,7 +272,6 @@ class _Windows:
         for name in ("window", "kept", "since"):
             getattr(new, name)[:, :shared] = getattr(old, name)[:, :shared]
         self.current = new
-        return new
 
     def accept_histogram(self) -> torch.Tensor:
         """int32 ``[B, n + 1]`` over all widths."""

@@ -8,7 +8,7 @@ import functools
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -57,40 +57,45 @@ class Session:
     capturable: bool = True
 
     def __post_init__(self):
-        self.columns = torch.arange(self.state.width, device=self.bounds.device)
-        self.positions = torch.empty_like(self.state.window)
+        self.columns: dict[tuple[int, int], torch.Tensor] = {}
         # the state of all rows, and which row of the batch each of its rows is
         self.whole = self.state
         self.order = list(range(self.state.rows))
+        self.starts = self.bounds[1]
         self.limit = torch.iinfo(torch.int64).max if self.max_position is None else self.max_position
 
-    def window_positions(self, width: int) -> torch.Tensor:
-        """int64 ``[B, width]``: the position ids of the window."""
-        rows = self.state.rows
-        positions = self.positions[:rows, :width]
-        lengths, starts = self.bounds[:, :rows].unbind()
-        torch.sub(self.columns[:width], starts[:, None], out=positions)
-        return positions.add_(lengths[:, None]).clamp_(0, self.limit)
+    def window_positions(self, width: int, count: int = 1) -> torch.Tensor:
+        """int64 ``[B, count * width]``: the position ids of the window, ``count`` times."""
+        columns = self.columns.get((width, count))
+        if columns is None:
+            columns = self.columns[width, count] = torch.arange(width, device=self.bounds.device).repeat(count)
+        return torch.add(columns, (self.state.lengths - self.starts)[:, None]).clamp_(0, self.limit)
 
-    def drop_finished(self) -> JacobiState:
-        """Goes on with the running rows alone, moved to the front; returns their state, which shares memory with `whole`."""
+    def drop_finished(self, others: Iterable[torch.Tensor] = ()) -> JacobiState:
+        """Goes on with the running rows alone, moved to the front; returns their state, which shares memory with `whole`.
+
+        others: tensors with a row for each of the batch, besides those of `whole`, whose rows move alike.
+        """
         done = self.state.done.tolist()
         count = done.count(0)
         holes = [row for row in range(count) if done[row]]
         movers = [row for row in range(count, len(done)) if not done[row]]
-        tensors = dict(zip((name for name, *_ in FIELDS), self.whole.tensors(), strict=True))
-        by_row = [name for name, _, shape, _ in FIELDS if shape.startswith("B")]
         for hole, mover in zip(holes, movers, strict=True):
             self.cache.move_row(mover, hole)
-            for tensor in [self.bounds[1], *(tensors[name] for name in by_row)]:
-                tensor[[hole, mover]] = tensor[[mover, hole]]
             self.order[hole], self.order[mover] = self.order[mover], self.order[hole]
-        self.state = JacobiState(**tensors | {name: tensors[name][:count] for name in by_row})
+        if holes:
+            places, sources = torch.tensor([holes + movers, movers + holes], device=self.bounds.device)
+            by_row = [getattr(self.whole, name) for name, _, shape, _ in FIELDS if shape.startswith("B")]
+            for tensor in (self.bounds[1], *by_row, *others):
+                tensor.index_copy_(0, places, tensor.index_select(0, sources))
+        self.state = self.whole.first(count)
+        self.starts = self.bounds[1, :count]
         return self.state
 
     def restart(self, state: JacobiState, starts: torch.Tensor) -> None:
         """Begins with another prompt of the same shapes."""
         self.state = self.whole
+        self.starts = self.bounds[1]
         self.order = list(range(self.state.rows))
         self.state.copy_(state)
         self.bounds[1].copy_(starts)
@@ -198,24 +203,39 @@ class Poll:
 
 
 def converge(
-    scores: torch.Tensor, state: JacobiState, config: JacobiConfig, processing: Processing, backend: str
+    scores: torch.Tensor,
+    state: JacobiState,
+    config: JacobiConfig,
+    processing: Processing,
+    backend: str,
+    order: list[int] | None = None,
+    branches: int = 1,
 ) -> None:
-    """``converge_`` as the configuration has it, on scores that have been processed."""
-    converge_(
-        scores, state, mode=config.mode, refill=config.refill, temperature=processing.temperature, backend=backend
-    )
+    """``converge_`` as the configuration has it, on scores that have been processed.
+
+    order: which row of the batch each row of the decode's state is, which errors name; None where all are in their place.
+    branches: rows of ``state`` for each of these.
+    """
+    try:
+        converge_(scores, state, config.mode, config.refill, processing.temperature, backend)
+    except ValueError:
+        if order is None or not state.status[1]:
+            raise
+        broken = scores.isnan().any(-1) & (state.done == 0)[:, None]
+        row, position = broken.nonzero()[0].tolist()
+        row = order[row // branches]
+        raise ValueError(f"logits of row {row} at window position {position} hold NaN; they must not") from None
 
 
 def make_step(session: Session, config: JacobiConfig, processing: Processing, backend: str) -> Callable[[], None]:
     """An iteration: forward over the window, then ``converge_``. It reads nothing on the host."""
     state = session.state
     width = state.width
-    starts = session.bounds[1, : state.rows]
 
     def step() -> None:
         if state.rows > 1:
             # Finished rows see no key, and attention leaves them at once.
-            starts.masked_fill_(state.done != 0, _BEHIND)
+            session.starts.masked_fill_(state.done != 0, _BEHIND)
         logits = session.forward(state.window, session.window_positions(width), width)
         converge(processing(logits, state), state, config, processing, backend)
 

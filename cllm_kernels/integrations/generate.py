@@ -39,6 +39,7 @@ from ..decoding.session import may_capture, runs_on_device
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask, submodules
+from .optimize import keeps_last
 from .optimize import optimize as optimized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -601,10 +602,12 @@ def window_forward(
     native = attention == "native"
     cache = JacobiCache(bounds[0], capacity, backend, zeros=native)
     keeps, dtype = model._supports_logits_to_keep(), model.dtype
+    trims = keeps and keeps_last(model)
 
     def forward(tokens: torch.Tensor, positions: torch.Tensor, keep: int, branch: int = 0) -> torch.Tensor:
         options = {"logits_to_keep": keep} if keeps and tokens.shape[1] > keep else {}
         rows = bounds[:, : tokens.shape[0]]
+        cache.keep = keep if trims else None
         call = compiled if compiled is not None and tokens.shape[1] == keep else model
         mask = dense_mask(rows, tokens.shape[1], capacity, dtype, branch) if native else as_mask(rows, branch)
         outputs = call(

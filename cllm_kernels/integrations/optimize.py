@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..backends import resolve
 from ..decoding import JacobiCache
@@ -35,11 +37,13 @@ class Optimized:
     Attributes:
         linears: names of the linear layers that run by ``window_linear``.
         layers: names of the decoder layers that run by ``window_qkv``, ``block_attention`` and ``window_mlp``.
+        decoders: names of the modules that call these layers without looking for masks, defaults and outputs to record.
         left: names of the linear layers and of the decoder layers that were left alone, with the reason.
     """
 
     linears: tuple[str, ...]
     layers: tuple[str, ...]
+    decoders: tuple[str, ...]
     left: dict[str, str]
 
 
@@ -61,13 +65,15 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     """
     plan = _plan(model, backend)
     try:
-        for make, modules in ((_swapped_linear, plan.linears), (_swapped_layer, plan.layers)):
+        for make, modules in (
+            (_swapped_linear, plan.linears), (_swapped_layer, plan.layers), (_swapped_decoder, plan.decoders)
+        ):  # fmt: skip
             for module in modules.values():
                 # not by setattr, which would look for parameters and submodules
                 module.__dict__["forward"] = make(module)
-        yield Optimized(tuple(plan.linears), tuple(plan.layers), dict(plan.left))
+        yield Optimized(tuple(plan.linears), tuple(plan.layers), tuple(plan.decoders), dict(plan.left))
     finally:
-        for module in (*plan.linears.values(), *plan.layers.values()):
+        for module in (*plan.linears.values(), *plan.layers.values(), *plan.decoders.values()):
             module.__dict__.pop("forward", None)
 
 
@@ -78,6 +84,7 @@ class _Plan:
     facts: list
     linears: dict[str, nn.Module]
     layers: dict[str, nn.Module]
+    decoders: dict[str, nn.Module]
     left: dict[str, str]
 
 
@@ -91,7 +98,7 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
     plan = _plans.get(model)
     if plan is not None and plan.facts == facts:
         return plan
-    plan = _Plan(facts, {}, {}, {})
+    plan = _Plan(facts, {}, {}, {}, {})
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason, swapped = _linear_reason(module, backend), plan.linears
@@ -103,7 +110,11 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
             swapped[name] = module
         else:
             plan.left[name] = reason
-    if model not in (*plan.linears.values(), *plan.layers.values()):
+    swapped = plan.layers.values()
+    for name, module in model.named_modules():
+        if _is_decoder(module) and module.layers and all(layer in swapped for layer in module.layers):
+            plan.decoders[name] = module
+    if model not in (*plan.linears.values(), *swapped, *plan.decoders.values()):
         _plans[model] = plan
     return plan
 
@@ -146,12 +157,13 @@ def _swapped_layer(layer: nn.Module) -> Callable:
     window = _FAMILIES[_family(layer)](attention) or 0
     query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
     gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
-    # what is fused makes up for a somewhat slower kernel
-    rows = min(LAYER_ROWS, 2 * fast_rows(query["weight"].dtype, query["weight"].shape[1]))
+    # What is fused makes up for a somewhat slower kernel. More rows go in parts where torch's kernel is never faster.
+    fast = fast_rows(query["weight"].dtype, query["weight"].shape[1])
+    rows = math.inf if fast == LAYER_ROWS else 2 * fast
 
     def forward(
         hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        position_embeddings=None, **kwargs,
+        position_embeddings=None, keep=None, **kwargs,
     ):  # fmt: skip
         if (
             type(past_key_values) is not JacobiCache
@@ -167,23 +179,74 @@ def _swapped_layer(layer: nn.Module) -> Callable:
         cos, sin = position_embeddings
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
-        q, k, v = window_qkv(
-            hidden_states, first._parameters["weight"], first.variance_epsilon,
+        q, k, v = _in_parts(into_heads, hidden_states, cos, sin)
+        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
+        lengths, starts, branch = from_mask(attention_mask)
+        if keep is not None:
+            lengths = lengths + (q.shape[1] - keep)
+            q, hidden_states = q[:, -keep:], hidden_states[:, -keep:]
+        attended, _ = block_attention(
+            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, past_key_values.backend
+        )
+        (hidden_states,) = _in_parts(out_of_heads, hidden_states, attended.flatten(2))
+        return hidden_states
+
+    def into_heads(x, cos, sin):
+        return window_qkv(
+            x, first._parameters["weight"], first.variance_epsilon,
             query["weight"], key["weight"], value["weight"], cos, sin, query["bias"], key["bias"], value["bias"],
             None if query_norm is None else query_norm._parameters["weight"],
             None if key_norm is None else key_norm._parameters["weight"],
             0.0 if query_norm is None else query_norm.variance_epsilon,
             "cpp",
         )  # fmt: skip
-        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
-        lengths, starts, branch = from_mask(attention_mask)
-        attended, _ = block_attention(
-            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, past_key_values.backend
-        )
-        return window_mlp(
-            hidden_states, attended.flatten(2), output["weight"], second._parameters["weight"],
-            second.variance_epsilon, gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
+
+    def out_of_heads(x, attended):
+        return (
+            window_mlp(
+                x, attended, output["weight"], second._parameters["weight"],
+                second.variance_epsilon, gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
+            ),
         )  # fmt: skip
+
+    return forward
+
+
+def _in_parts(call: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The outputs of an op on inputs ``[B, n, ...]`` that treats rows alike, by as many of these as it takes at once."""
+    batch, width = inputs[0].shape[:2]
+    if batch * width <= LAYER_ROWS:
+        return call(*inputs)
+    parts = zip(*(tensor.flatten(0, 1)[None].split(LAYER_ROWS, 1) for tensor in inputs), strict=True)
+    outputs = zip(*(call(*part) for part in parts), strict=True)
+    return tuple(torch.cat(parts, 1).view(batch, width, *parts[0].shape[2:]) for parts in outputs)
+
+
+def _swapped_decoder(model: nn.Module) -> Callable:
+    before = type(model).forward.__get__(model)
+    *layers, last = list(model.layers)[: model.config.num_hidden_layers]
+
+    def forward(
+        input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
+        **kwargs,
+    ):  # fmt: skip
+        if type(past_key_values) is not JacobiCache or input_ids is None or position_ids is None or kwargs:
+            return before(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+            )  # fmt: skip
+        hidden = model.embed_tokens(input_ids)
+        options = dict(
+            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
+            position_embeddings=model.rotary_emb(hidden, position_ids=position_ids),
+        )  # fmt: skip
+        for layer in layers:
+            hidden = layer(hidden, **options)
+        keep = past_key_values.keep
+        if keep is not None and keep < hidden.shape[1] and not any(map(_has_hooks, (model, last, model.norm))):
+            options["keep"] = keep
+        hidden = last(hidden, **options)
+        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=past_key_values)
 
     return forward
 
@@ -213,11 +276,29 @@ def _parameters_reason(module: nn.Module, backend: str) -> str | None:
     return None
 
 
-def _family(layer: nn.Module) -> str | None:
-    """The family whose decoder layer this is, itself and not a subclass."""
-    name = type(layer).__name__.removesuffix("DecoderLayer")
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def keeps_last(model: nn.Module) -> bool:
+    """Whether the logits of the last positions are known to need the last layer's output at these alone."""
+    return _family(model, "ForCausalLM") is not None
+
+
+def _family(module: nn.Module, kind: str = "DecoderLayer") -> str | None:
+    """The family whose decoder layer, or module of another kind, this is, itself and not a subclass."""
+    name = type(module).__name__.removesuffix(kind)
     source = f"transformers.models.{name.lower()}.modeling_{name.lower()}"
-    return name if name in _FAMILIES and type(layer).__module__ == source else None
+    return name if name in _FAMILIES and type(module).__module__ == source else None
+
+
+def _is_decoder(module: nn.Module) -> bool:
+    """Whether this is a known model without its head, as its class has it."""
+    return (
+        _family(module, "Model") is not None
+        and "forward" not in module.__dict__
+        and set(module._modules) == {"embed_tokens", "layers", "norm", "rotary_emb"}
+    )
 
 
 def _layer_reason(layer: nn.Module, backend: str) -> str | None:
@@ -240,7 +321,7 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
     if set(modules) != {*classes, *projections, "mlp.act_fn"}:
         return "it has other submodules than its class is known for"
     for name, module in modules.items():
-        if name and (module._forward_hooks or module._forward_pre_hooks):  # its own run anyway
+        if name and _has_hooks(module):  # its own run anyway
             return f"{name} has hooks"
         if "forward" in module.__dict__:
             return f"the forward of {name or 'the layer'} was replaced"

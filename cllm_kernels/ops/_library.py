@@ -15,13 +15,17 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
+def register(schema: str, implementation: Callable, fake: Callable, direct: Callable | None = None) -> Callable:
     """Defines an op with one implementation for every device, which chooses its backend.
 
     Returns a function of the op's arguments, of which the first is a tensor. It calls the implementation at once
     where nothing else may take the call, since torch's dispatcher costs some 20 us, as much as a small op takes.
     `Library.define` and `impl` cost less per call than `torch.library.custom_op`.
+
+    direct: the implementation that is called at once, where the callers of that function have checked a part of the
+    arguments already; None for the same one.
     """
+    direct = direct or implementation
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -34,7 +38,7 @@ def register(schema: str, implementation: Callable, fake: Callable) -> Callable:
             return overload(*arguments)
         types = tuple(map(type, arguments))
         if types in accepted and not _watched(arguments[0]):
-            return implementation(*arguments)
+            return direct(*arguments)
         result = overload(*arguments)
         if _PLAIN.issuperset(types):
             accepted.add(types)

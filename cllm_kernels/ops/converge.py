@@ -84,7 +84,6 @@ def _check(
     check_refill(refill)
     if temperature != 0 and not 1 / _LARGEST < temperature < _LARGEST:
         raise ValueError(f"temperature is {temperature}; it must be 0 (greedy) or in ({1 / _LARGEST:.0e}, {_LARGEST:.0e})")
-    check_state(tensors)
     window = tensors[0]
     check_rank("logits", logits, "B, n, V")
     if logits.size(2) < 1:
@@ -220,6 +219,12 @@ def reference(
 
 
 def _implementation(logits, *arguments) -> None:
+    check_state(arguments[: len(FIELDS)])
+    _of_state(logits, *arguments)
+
+
+def _of_state(logits, *arguments) -> None:
+    """The implementation on tensors of a `JacobiState`, which checked them when it was made."""
     tensors, (mode, refill, temperature, backend) = arguments[: len(FIELDS)], _options(arguments)
     _check(logits, tensors, mode, refill, temperature)
     backend = backends.resolve(backend, logits.device, _cuda_refusal(logits.size(1)))
@@ -266,6 +271,7 @@ def _cuda_refusal(width: int) -> str | None:
 
 def _fake(logits, *arguments) -> None:
     mode, refill, temperature, _ = _options(arguments)
+    check_state(arguments[: len(FIELDS)])
     _check(logits, arguments[: len(FIELDS)], mode, refill, temperature)
 
 
@@ -287,4 +293,4 @@ def _schema() -> str:
     return f"converge_(Tensor logits, {tensors}, {options}) -> ()"
 
 
-_call = register(_schema(), _implementation, _fake)
+_call = register(_schema(), _implementation, _fake, _of_state)

@@ -199,6 +199,15 @@ class JacobiState(_Fields):
         """A state whose tensors are copies."""
         return JacobiState(*(tensor.clone() for tensor in self.tensors()))
 
+    def first(self, rows: int) -> JacobiState:
+        """The state of the first rows, in the same memory."""
+        return JacobiState(
+            *(
+                tensor[:rows] if shape[0] == "B" else tensor
+                for (_, _, shape), tensor in zip(_LAYOUT, self.tensors(), strict=True)
+            )
+        )
+
     def copy_(self, other: JacobiState) -> None:
         """Takes the values of another state of the same sizes; the tensors stay where they are."""
         for tensor, new in zip(self.tensors(), other.tensors(), strict=True):

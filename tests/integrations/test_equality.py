@@ -130,7 +130,7 @@ MUTANTS = {
         attention_module, "visible_rows", "lengths + columns - first", "columns", dict(family="Mistral"),
     ),
     "positions that go on from branch to branch": (
-        Branches, "choose_", "torch.cat([self.session.window_positions(width)] * count, 1)",
+        Branches, "choose_", "self.session.window_positions(width, count)",
         "self.session.window_positions(width)[:, :1] + torch.arange(count * width)", {},
     ),
     "keys of the row before": (

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import FAMILIES, VOCABULARY, make_model, make_prompts
 from torch import nn
+from transformers import LlamaForCausalLM
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi, optimize
 from cllm_kernels.decoding import JacobiCache
@@ -66,6 +67,7 @@ def test_swaps_what_it_knows_and_undoes_it(family):
     with optimize(model) as done:
         assert set(done.linears) == linears
         assert len(done.layers) == (2 if family in KNOWN else 0)
+        assert done.decoders == (("model",) if family in KNOWN else ())
         assert set(done.left) == {"gemma2": layers, "phi3": layers}.get(family, set())
         inside = model.state_dict()
         assert inside.keys() == state.keys()
@@ -108,14 +110,77 @@ def test_a_window_gives_the_bits_of_single_tokens(family, dtype):
 
 
 @pytest.mark.parametrize("family", KNOWN)
-def test_a_window_runs_by_the_ops_and_a_long_prompt_does_not(family, calls):
-    model = make_model(family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_window_runs_by_the_ops_and_a_long_prompt_in_parts(family, dtype, calls):
+    """In bfloat16 torch's kernels, which pack weights, are the faster ones for long prompts."""
+    model = make_model(family, dtype=dtype)
+    tokens = torch.randint(3, VOCABULARY, (3, LAYER_ROWS // 2))
+    plain, _ = window_forward(model, tokens)
     with optimize(model):
         window_forward(model, torch.randint(3, VOCABULARY, (1, 16)))
         assert calls == {"window_qkv": 2, "window_mlp": 2, "window_linear": 1}  # the last is the LM head
         calls.clear()
-        window_forward(model, torch.randint(3, VOCABULARY, (1, LAYER_ROWS + 1)))
-        assert "window_qkv" not in calls and "window_mlp" not in calls
+        got, _ = window_forward(model, tokens)
+    parts = 2 * 2 if dtype == torch.float32 else 0
+    assert calls.get("window_qkv", 0) == calls.get("window_mlp", 0) == parts
+    torch.testing.assert_close(got, plain, **dict(rtol=1e-4, atol=1e-4) if parts else dict(rtol=0, atol=0.05))
+
+
+@pytest.mark.parametrize("length", [0, 9])
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_last_layer_leaves_out_what_nobody_asks_for(family, length):
+    model, keep = make_model(family, seed=5), 4
+    before, tokens = torch.randint(3, VOCABULARY, (3, length or 1)), torch.randint(3, VOCABULARY, (3, 11))
+    bounds = torch.tensor([[0] * 3, [0, 2, 5]], dtype=torch.int32)
+    cache = JacobiCache(bounds[0], 32, "cpp")
+    seen = []
+
+    def forward(inputs, asked):
+        cache.keep = asked
+        positions = bounds[0][:, None] - bounds[1][:, None] + torch.arange(inputs.shape[1])
+        return model(
+            input_ids=inputs, attention_mask=as_mask(bounds), position_ids=positions.clamp(min=0), past_key_values=cache,
+            use_cache=True, logits_to_keep=keep,
+        ).logits  # fmt: skip
+
+    with torch.inference_mode(), block_attention_enabled(model, "cpp"), optimize(model):
+        if length:
+            forward(before, None)
+            bounds[0] = length
+        whole, buffers = forward(tokens, None), [tensor.clone() for tensor in cache._buffers[1]]
+        torch.testing.assert_close(forward(tokens, keep), whole, rtol=1e-5, atol=1e-5)
+        rows = slice(length, length + 11)  # the cache gets all
+        for mine, other in zip(cache._buffers[1], buffers):
+            assert torch.equal(mine[:, :, rows], other[:, :, rows])
+        for module in (model.model, model.model.layers[-1], model.model.norm, model.lm_head):
+            see = lambda module, args, output: seen.append(getattr(output, "last_hidden_state", output).shape[1])  # noqa: E731
+            hook = module.register_forward_hook(see)
+            torch.testing.assert_close(forward(tokens, keep), whole, rtol=1e-5, atol=1e-5)
+            hook.remove()
+    assert seen == [11, 11, 11, keep]
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_as_many_layers_run_as_the_configuration_says(family):
+    model, tokens = make_model(family, seed=5), torch.randint(3, VOCABULARY, (2, 7))
+    with optimize(model):
+        whole, _ = window_forward(model, tokens)
+    model.config.num_hidden_layers = 1
+    want, _ = window_forward(model, tokens)
+    with optimize(model):
+        got, _ = window_forward(model, tokens)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, whole, atol=1e-2)
+
+
+def test_only_known_models_keep_the_last_positions_alone():
+    class Head(LlamaForCausalLM):
+        pass
+
+    model = make_model("llama")
+    assert module_under_test.keeps_last(model)
+    assert not module_under_test.keeps_last(Head(model.config))
+    assert not module_under_test.keeps_last(model.model) and not module_under_test.keeps_last(make_model("gemma2"))
 
 
 @pytest.mark.parametrize("optimized", [False, True])

@@ -1,0 +1,155 @@
+"""Rows that have ended leave the batch, and nothing that is kept by rows mixes them up."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from helpers import Planted, make_model, make_prompts
+
+from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels.decoding import JacobiCache, loop
+from cllm_kernels.integrations import generate
+
+MODEL = make_model("llama", seed=4)
+ROWS, WIDTH = 6, 12
+INPUTS = make_prompts(ROWS, WIDTH, seed=6)
+SEEDS = tuple(range(3, 3 + ROWS))
+# They end after 90 (by the length), 44, 58, 2, 12 and 22 tokens.
+OPTIONS = dict(do_sample=False, max_new_tokens=90, eos_token_id=[72, 29, 80], pad_token_id=0)
+CONFIGS = {
+    "context": dict(),
+    "block": dict(mode="block"),
+    "lookup": dict(draft="lookup"),
+    "candidates": dict(candidates=3),
+    "lookup, candidates": dict(draft="lookup", candidates=3),
+    "block, candidates": dict(mode="block", candidates=2),
+    "adaptive": dict(adaptive=True),
+    "auto": dict(draft="auto"),
+    "auto, candidates": dict(draft="auto", candidates=3),
+}
+
+
+def alone(row):
+    pads = int((INPUTS["attention_mask"][row] == 0).sum())
+    return {name: values[row : row + 1, pads:] for name, values in INPUTS.items()}
+
+
+@pytest.fixture
+def batches():
+    """The rows of every forward."""
+    seen = []
+    hook = MODEL.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    yield seen
+    hook.remove()
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Candidates that are right for a while, so that branches of all rows are taken."""
+
+    def plant(sequences):
+        make = functools.partial(Planted, expected=sequences[:, WIDTH:].tolist(), seed=1)
+        monkeypatch.setattr(loop, "LookupDrafts", make)
+
+    return plant
+
+
+def check_that_they_left(batches, statistics):
+    assert len(batches) == statistics.forwards
+    tokens = [row.tokens for row in statistics.rows]
+    assert tokens == [90, 44, 58, 2, 12, 22]
+    assert {row.stopped_by for row in statistics.rows} == {"eos", "length"}
+    assert batches[0] == ROWS and batches[-1] == 1
+    # a forward has no row that had ended before it
+    assert sum(batches) == sum(row.iterations for row in statistics.rows)
+
+
+@pytest.mark.parametrize("guesses", ["own", "planted"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outputs_stay_and_rows_leave(name, guesses, batches, planted):
+    config = JacobiConfig(block_size=6, seed=SEEDS, **CONFIGS[name])
+    expected = MODEL.generate(**INPUTS, **OPTIONS)
+    if guesses == "planted":
+        planted(torch.nn.functional.pad(expected, (0, 90)))
+    generator = JacobiGenerator(MODEL, config)
+    batches.clear()
+    got = generator.generate(**INPUTS, **OPTIONS)
+    assert torch.equal(got, expected)
+    check_that_they_left(batches, generator.statistics)
+    if config.candidates > 1 and guesses == "planted":
+        assert sum(generator.statistics.chosen[1:]) > 0
+    if config.adapts or guesses == "planted":
+        return
+    # what each row keeps (its drafts, its seed, its pool, its counts) is what it has alone
+    for row, together in enumerate(generator.statistics.rows):
+        single = JacobiGenerator(MODEL, JacobiConfig(block_size=6, seed=SEEDS[row : row + 1], **CONFIGS[name]))
+        single.generate(**alone(row), **OPTIONS)
+        assert single.statistics.rows == (together,)
+
+
+@pytest.mark.parametrize("processors", [{}, dict(temperature=1.5), dict(top_k=20, top_p=0.9, min_new_tokens=2)], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_samples_stay_and_rows_leave(name, processors, batches):
+    options = OPTIONS | dict(do_sample=True, **dict(dict(top_k=0), **processors))
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=5, seed=SEEDS, **CONFIGS[name]))
+    got = generator.generate(**INPUTS, **options)
+    assert batches[-1] < ROWS
+    assert sum(batches) == sum(row.iterations for row in generator.statistics.rows)
+    ones = JacobiGenerator(MODEL, JacobiConfig(draft="none"))
+    for row in range(ROWS):
+        expected = ones.generate(**alone(row), **options, seed=SEEDS[row : row + 1])
+        new = expected[0, -ones.statistics.rows[0].tokens :].tolist()
+        assert got[row, WIDTH : WIDTH + len(new)].tolist() == new
+        assert (got[row, WIDTH + len(new) :] == 0).all()
+
+
+def test_rows_stay_where_others_know_them_by_number(batches):
+    """Processors and criteria may; scores and trajectories are those of all rows."""
+    for kept in (
+        dict(repetition_penalty=1.1), dict(output_scores=True, return_dict_in_generate=True), dict(max_time=60.0),
+        dict(record_trajectory=True),
+    ):  # fmt: skip
+        for draft in ("context", "lookup"):
+            JacobiGenerator(MODEL, JacobiConfig(block_size=6, draft=draft)).generate(**INPUTS, **OPTIONS, **kept)
+    assert set(batches) == {ROWS}
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+@pytest.mark.parametrize("candidates", [1, 3])
+@pytest.mark.parametrize("row", [0, 2, 5])
+def test_nan_logits_name_the_row_of_the_batch(row, candidates, backend, monkeypatch, planted):
+    """Also where rows have left, and among candidates."""
+    planted(torch.nn.functional.pad(MODEL.generate(**INPUTS, **OPTIONS | dict(eos_token_id=None)), (0, 90)))
+    sessions = []
+    decode = generate.decode
+    monkeypatch.setattr(generate, "decode", lambda session, *rest, **options: sessions.append(session) or decode(
+        session, *rest, **options))  # fmt: skip
+    size, poisoned = 6, []
+
+    def poison(module, args, output):
+        rows = output.logits.shape[0]
+        order = sessions[0].order[:rows]
+        if order != list(range(rows)) and row in order:
+            output.logits[order.index(row), (candidates - 1) * size + 2, 5] = float("nan")
+            poisoned.append(rows)
+
+    hook = MODEL.register_forward_hook(poison)
+    try:
+        with pytest.raises(ValueError, match=f"logits of row {row} at window position 2 hold NaN"):
+            config = JacobiConfig(block_size=size, draft="lookup", candidates=candidates, backend=backend)
+            JacobiGenerator(MODEL, config).generate(**INPUTS, **OPTIONS)
+    finally:
+        hook.remove()
+    assert len(poisoned) == 1 and poisoned[0] < ROWS
+
+
+def test_branches_of_the_first_rows():
+    cache = JacobiCache(torch.tensor([4, 2, 9], dtype=torch.int32), 24, backend="torch")
+    keys = torch.randn(3, 1, 8, 4)
+    buffer, _ = cache.update(keys, keys, 0)
+    cache.take_branches(4, [0, 1], [2, 3])
+    assert torch.equal(buffer[1, :, 3:5], keys[1, :, 5:7]) and torch.equal(buffer[2, :, 9:17], keys[2])
