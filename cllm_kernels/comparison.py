@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import transformers
@@ -17,6 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from .decoding import JacobiConfig, JacobiStatistics
 from .integrations.generate import JacobiGenerator
 from .spider import exact_match, is_degenerate, prompt_for
+
+
+Inputs, Result = TypeVar("Inputs"), TypeVar("Result")
 
 
 @dataclasses.dataclass
@@ -82,22 +86,45 @@ def compare(
         dict(tokenizer(prompt_for(row), return_tensors="pt", return_token_type_ids=False).to(model.device))
         for row in questions
     ]
-    for method in methods:
-        method.run(encoded[0])
-    for inputs in progress(encoded):
-        times: list[list[float]] = [[] for _ in methods]
-        for turn in range(rounds):
-            for method, taken in zip(methods, times, strict=True):
-                begin = time.perf_counter()
-                tokens, run = method.run(inputs)
-                taken.append(time.perf_counter() - begin)
-                if turn == 0:
-                    method.tokens.append(tokens)
-                    if run is not None:
-                        method.runs.append(run)
-        for method, taken in zip(methods, times, strict=True):
-            method.seconds.append(statistics.median(taken))
+    turns = take_turns([method.run for method in methods], encoded, rounds, model.device, progress)
+    for method, own in zip(methods, turns, strict=True):
+        method.seconds = [statistics.median(seconds for seconds, _ in prompt) for prompt in own]
+        method.tokens = [prompt[0][1][0] for prompt in own]
+        method.runs = [prompt[0][1][1] for prompt in own if prompt[0][1][1] is not None]
     return [_row(method, methods[0], questions, tokenizer, model, name, rounds) for method in methods]
+
+
+def take_turns(
+    runs: list[Callable[[Inputs], Result]],
+    inputs: list[Inputs],
+    rounds: int,
+    device: torch.device,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> list[list[list[tuple[float, Result]]]]:
+    """Seconds and results of each function on each input, ``rounds`` times: ``[function][input][round]``.
+
+    The functions take turns on each input, so that a busy machine slows them alike. Each first runs on the first input,
+    which is not counted.
+    """
+    for run in runs:
+        run(inputs[0])
+    found: list[list[list[tuple[float, Result]]]] = [[] for _ in runs]
+    for one in progress(inputs):
+        for own in found:
+            own.append([])
+        for _ in range(rounds):
+            for run, own in zip(runs, found, strict=True):
+                _wait(device)
+                begin = time.perf_counter()
+                result = run(one)
+                _wait(device)
+                own[-1].append((time.perf_counter() - begin, result))
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def load_model(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from ..comparison import device_name, load_model
+from ..comparison import device_name, load_model, take_turns
 from ..decoding import JacobiConfig, JacobiStatistics
 from ..integrations.generate import JacobiGenerator
 from ..spider import exact_match, is_degenerate, prompt_for
@@ -182,34 +182,29 @@ def _measure(
         for chunk in batches
     ]
     runs = [method.make(model, max_new_tokens) for method in found]
-    first = [method.make(model, 1) if method.jacobi is None else None for method in found]
     peaks = []
     for decode in runs:  # the first run compiles and is not counted
         with _peak_memory(model.device) as peak:
             decode(encoded[0])
         peaks.append(peak[0])
         decode(encoded[-1])
-    for decode in filter(None, first):
-        decode(encoded[0])
-    seconds, prefills = [[] for _ in found], [[] for _ in found]
-    outputs, statistics_of = [[] for _ in found], [[] for _ in found]
-    for inputs in track(encoded, title, console=console):
-        taken, starts = [[] for _ in found], [[] for _ in found]
-        for turn in range(rounds):
-            for index, decode in enumerate(runs):
-                elapsed, (sequences, counts) = _timed(decode, inputs, model.device)
-                taken[index].append(elapsed)
-                if first[index] is None:
-                    starts[index].append(counts.prefill_seconds)
-                else:
-                    starts[index].append(_timed(first[index], inputs, model.device)[0])
-                if turn == 0:
-                    outputs[index].append(sequences[:, inputs["input_ids"].shape[1] :].tolist())
-                    if counts is not None:
-                        statistics_of[index].append(counts)
-        for index in range(len(found)):
-            seconds[index].append(statistics.median(taken[index]))
-            prefills[index].append(statistics.median(starts[index]))
+    # Ours say what the prompt's forward took; of the others it is what one token takes.
+    first = [index for index, method in enumerate(found) if method.jacobi is None]
+    runs += [found[index].make(model, 1) for index in first]
+    turns = take_turns(runs, encoded, rounds, model.device, functools.partial(track, description=title, console=console))
+    seconds = [[statistics.median(taken for taken, _ in prompt) for prompt in own] for own in turns]
+    starts = dict(zip(first, seconds[len(found) :], strict=True))
+    prefills, outputs, statistics_of = [], [], []
+    for index, own in enumerate(turns[: len(found)]):
+        counts = [[run for _, (_, run) in prompt] for prompt in own]
+        prefills.append(
+            starts.get(index) or [statistics.median(run.prefill_seconds for run in prompt) for prompt in counts]
+        )
+        statistics_of.append([prompt[0] for prompt in counts if prompt[0] is not None])
+        widths = [inputs["input_ids"].shape[1] for inputs in encoded]
+        outputs.append(
+            [prompt[0][1][0][:, width:].tolist() for prompt, width in zip(own, widths, strict=True)]
+        )
     stop = {model.generation_config.eos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
     flat = [[_cut(row, stop) for rows in method for row in rows] for method in outputs]
     queries = [entry["query"] for chunk in batches for entry in chunk]
@@ -281,25 +276,12 @@ def _grouped(rows: list, size: int) -> list[list]:
     return [rows[first : first + size] for first in range(0, len(rows), size)]
 
 
-def _timed(decode: Run, inputs: dict[str, torch.Tensor], device: torch.device):
-    _wait(device)
-    begin = time.perf_counter()
-    result = decode(inputs)
-    _wait(device)
-    return time.perf_counter() - begin, result
-
-
 def _steps(counts: list[JacobiStatistics]) -> dict[str, int]:
     total: dict[str, int] = {}
     for run in counts:
         for (source, width), times in run.steps.items():
             total[f"{source} {width}"] = total.get(f"{source} {width}", 0) + times
     return total
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextlib.contextmanager

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, JacobiStatistics
-from cllm_kernels.comparison import load_model
+from cllm_kernels.comparison import load_model, take_turns
 from cllm_kernels.spider import is_degenerate
 
 from .baselines import MedusaHeads, medusa_generate
@@ -33,8 +33,8 @@ class _Method:
 
     name: str
     decode: Decode
-    tokens: list[list[int]] = dataclasses.field(default_factory=list)
-    forwards: list[int] = dataclasses.field(default_factory=list)
+    tokens: Sequence[list[int]] = ()
+    forwards: Sequence[int] = ()
     seconds: list[float] = dataclasses.field(default_factory=list)
     runs: list[JacobiStatistics] = dataclasses.field(default_factory=list)
 
@@ -137,29 +137,15 @@ def evaluate(
             dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device))
             for text in task.prompts()
         ]
-        _time(methods, encoded, rounds, name)
-        for method in methods:
+        progress = functools.partial(tqdm, desc=f"evaluate {name}", unit="prompt")
+        turns = take_turns([method.decode for method in methods], encoded, rounds, model.device, progress)
+        for method, own in zip(methods, turns, strict=True):
+            method.seconds = [statistics.median(seconds for seconds, _ in prompt) for prompt in own]
+            method.tokens, method.forwards, runs = zip(*(prompt[0][1] for prompt in own), strict=True)
+            method.runs = [run for run in runs if run is not None]
             rows.append(_row(method, methods[0], rows[0] if rows else None, name, block_size, rounds, model))
             rows[-1]["measures"] = _measures(method, task, tokenizer, target, encoded)
     return rows
-
-
-def _time(methods: list[_Method], encoded: list[dict], rounds: int, name: str) -> None:
-    for method in methods:
-        method.decode(encoded[0])
-    for inputs in tqdm(encoded, desc=f"evaluate {name}", unit="prompt"):
-        times: list[list[float]] = [[] for _ in methods]
-        for turn in range(rounds):
-            for method, taken in zip(methods, times, strict=True):
-                begin = time.perf_counter()
-                tokens, forwards, run = method.decode(inputs)
-                taken.append(time.perf_counter() - begin)
-                if turn == 0:
-                    method.tokens.append(tokens)
-                    method.forwards.append(forwards)
-                    method.runs += [] if run is None else [run]
-        for method, taken in zip(methods, times, strict=True):
-            method.seconds.append(statistics.median(taken))
 
 
 def _measures(
