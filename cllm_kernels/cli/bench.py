@@ -101,6 +101,7 @@ def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | N
     for size in block_sizes:
         found.append(_named("jacobi_window", JacobiConfig(size)))
         found.append(_named("jacobi_window, torch's linears", JacobiConfig(size, optimize=False)))
+        found.append(_named("jacobi_adaptive", JacobiConfig(size, adaptive=True)))
         found.append(_named("jacobi_block", JacobiConfig(size, "block")))
         found.append(_named("jacobi_lookup", JacobiConfig(size, draft="lookup")))
         found.append(_named("jacobi_candidates", JacobiConfig(size, candidates=2)))

@@ -34,7 +34,7 @@ class JacobiConfig:
             committed at once, also beyond the first block, so that from the same drafts a forward commits at least as
             much; and ``adaptive`` finds out by their speed how many tokens should be in flight. Mode ``"window"`` only.
         adaptive: whether the width of the window, and with candidates whether to look at them, is chosen anew while
-            decoding, by what was accepted and what steps cost (see
+            decoding, by what was accepted and what steps cost with as many rows (see
             :class:`cllm_kernels.decoding.adaptive.AdaptiveChoice`); ``statistics.steps`` says what was chosen. Mode
             ``"window"`` only.
         seed: of sampled tokens and of random drafts, in [0, 2**32), or one for each row. With a single number, rows

@@ -46,7 +46,7 @@ def decode(
     config: JacobiConfig,
     backend: str,
     processing: Processing,
-    choice: AdaptiveChoice | None = None,
+    choices: dict[int, AdaptiveChoice] | None = None,
     stopping: Stopping | None = None,
     keep_scores: bool = False,
     keep_logits: bool = False,
@@ -64,7 +64,8 @@ def decode(
         prompt: int64 ``[B, P]``, left padded.
         backend: of ``converge_``, resolved.
         processing: of the logits.
-        choice: what earlier calls learnt, where the configuration adapts; None begins anew.
+        choices: what earlier calls learnt, where the configuration adapts; None begins anew. There is one choice for 1,
+            2, up to 4, up to 8 … rows, since a step's cost depends on their number.
         stopping: criteria besides EOS and length; None for none.
         keep_scores, keep_logits: whether to return them.
         on_commit: called with the newly committed tokens of row 0 after every iteration.
@@ -76,8 +77,8 @@ def decode(
     width = prompt.shape[1]
     lengths, starts = session.bounds.unbind()
     windows = _Windows(session)
-    if config.adapts and choice is None:
-        choice = AdaptiveChoice(config.width, config.sources)
+    choices = {} if choices is None else choices
+    choice = None
     lookup = LookupDrafts(prompt, starts.tolist(), session.order) if config.looks_up else None
     branches = Branches(session, config, processing, backend) if config.candidates > 1 else None
     source, candidates = config.sources[0]
@@ -145,8 +146,10 @@ def decode(
     while running:
         if shrinks and running < state.rows:
             state = windows.drop_finished()
-        if choice is not None:
+        if config.adapts:
             started = time.perf_counter()
+            rows = 1 << (state.rows - 1).bit_length()
+            choice = choices.get(rows) or choices.setdefault(rows, AdaptiveChoice(config.width, config.sources))
             source, candidates, n = choice.next()
             state = windows.at(n)
             produced = state.produced.tolist()

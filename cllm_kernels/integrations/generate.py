@@ -24,7 +24,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
 from ..decoding import (
-    AdaptiveChoice,
     Forward,
     JacobiCache,
     JacobiConfig,
@@ -158,17 +157,16 @@ def jacobi_generate(
     chosen = resolve(config.backend, model.device, cuda_refusal(model.dtype))
     if is_stateful(logits_processor or []):
         config = dataclasses.replace(config, draft="none", candidates=1, blocks=1, adaptive=False)
-    choice = None
+    choices = None
     if config.adapts and memory is not None:
-        key = ("choice", config.width, config.sources, input_ids.shape[0])
-        choice = memory.setdefault(key, AdaptiveChoice(config.width, config.sources))
+        choices = memory.setdefault(("choices", config.width, config.sources), {})
     returns_dict = bool(generation_config.return_dict_in_generate)
     keep_scores = returns_dict and bool(generation_config.output_scores)
     prompt = input_ids.to(model.device)
     criteria = [criterion for criterion in stopping_criteria or () if not isinstance(criterion, _OWN_CRITERIA)]
     options = dict(
         processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
-        choice=choice,
+        choices=choices,
         stopping=Stopping(criteria, prompt) if criteria else None,
         keep_scores=keep_scores,
         keep_logits=returns_dict and bool(generation_config.output_logits),

@@ -91,6 +91,16 @@ def test_outputs_stay_and_rows_leave(name, guesses, batches, planted):
         assert single.statistics.rows == (together,)
 
 
+def test_choices_are_learnt_by_the_number_of_rows():
+    """Steps with few rows cost less, so what pays is another width."""
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6, adaptive=True))
+    for _ in range(2):
+        generator.generate(**INPUTS, **OPTIONS)
+        ((_, choices),) = (item for item in generator._memory.items() if item[0][0] == "choices")
+        assert sorted(choices) == [1, 2, 4, 8]  # of the 6 rows, two and then one leave at a time
+    assert all(arm.seconds > 0 for choice in choices.values() for arm in choice.arms[:1])
+
+
 @pytest.mark.parametrize("processors", [{}, dict(temperature=1.5), dict(top_k=20, top_p=0.9, min_new_tokens=2)], ids=str)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_samples_stay_and_rows_leave(name, processors, batches):
