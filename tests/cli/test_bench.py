@@ -22,7 +22,7 @@ def bench(tmp_path, *arguments):
 def test_rows(tmp_path):
     result, rows = bench(tmp_path, "--prompts", "4", "--batch", "1", "--batch", "2", "--block-size", "8")
     assert result.exit_code == 0, result.output
-    names = ["ar", "jacobi_window", "jacobi_window, torch's linears", "jacobi_block", "jacobi_lookup", "jacobi_candidates"]
+    names = ["ar", "jacobi_window", "jacobi_window, torch's linears", "jacobi_adaptive", "jacobi_block", "jacobi_lookup", "jacobi_candidates"]
     names += ["jacobi_auto", "jacobi_auto_candidates"]
     assert [row["method"] for row in rows] == ["hf_ar", "hf_prompt_lookup", *names, "hf_ar", *names]
     for row in rows:
