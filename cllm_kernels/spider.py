@@ -1,7 +1,7 @@
 """The text-to-SQL task of the bundled models: prompts, canonical SQL, exact match, degenerate outputs.
 
-Questions come as JSONL rows ``{"db_id", "question", "query"}``, the format of Spider 1.0
-(Yu et al. 2018, arXiv 1809.08887).
+Questions come as JSONL rows ``{"db_id", "question", "query"}``, the format of Spider 1.0 (Yu et al. 2018,
+arXiv 1809.08887), and what their prompts show besides: ``"schema"``, ``"examples"``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ COLUMNS = 80  # that a prompt shows of a database
 
 
 def prompt_for(row: dict) -> str:
-    """The text a model of this task is prompted with: the database, its schema where the row has one, the question."""
-    return f"{prompt_prefix(row)}{' '.join(row['question'].split())}\n"
+    """The text a model of this task is prompted with: the database, its schema and examples where the row has them
+    (``row["examples"]``: pairs of a question and its query), the question."""
+    lines = [line for question, query in row.get("examples", ()) for line in (question, canonical_sql(query))]
+    return prompt_prefix(row) + "".join(" ".join(line.split()) + "\n" for line in (*lines, row["question"]))
 
 
 def prompt_prefix(row: dict) -> str:
@@ -74,7 +76,8 @@ def read_questions(path: str | Path) -> list[dict]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object with ``db_id``, ``question`` and ``query``; it is named.
+        ValueError: a line is not a JSON object with ``db_id``, ``question`` and ``query``, or has examples that are no
+            pairs; it is named.
     """
     rows = []
     with open(path, encoding="utf-8") as file:
@@ -88,6 +91,10 @@ def read_questions(path: str | Path) -> list[dict]:
             missing = [key for key in ("db_id", "question", "query") if not isinstance(row.get(key), str)]
             if missing:
                 raise ValueError(f"{path}:{number}: no text under {', '.join(missing)}; each line needs db_id, question and query")
+            examples = row.get("examples", [])
+            pairs = isinstance(examples, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in examples)
+            if not pairs or not all(isinstance(text, str) for pair in examples for text in pair):
+                raise ValueError(f"{path}:{number}: examples must be a list of pairs [question, query]")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no questions in this file")

@@ -16,6 +16,7 @@ from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import load_model
 from cllm_kernels.spider import prompt_for, read_questions
 
+from . import gsm8k as _gsm8k
 from . import spider as _spider
 from .baselines import distil_draft, train_medusa
 from .collect import collect as _collect
@@ -282,6 +283,25 @@ def spider(
         _spider.build_baselines(data, output, work)
     if stage in ("all", "evaluate"):
         _spider.evaluate_models(data, output, work)
+
+
+@app.command()
+def gsm8k(
+    data: Annotated[Path, typer.Option(help="Folder with GSM8K's train.jsonl.")],
+    output: Annotated[Path, typer.Option(help="gsm8k-target and gsm8k-cllm go here.")] = Path("models"),
+    work: Annotated[Path, typer.Option(help="Trajectories go here.")] = Path("runs/gsm8k"),
+    stage: Annotated[str, typer.Option(help="target, cllm, or both in turn: all.")] = "all",
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Makes a small target from scratch on GSM8K's texts, and its CLLM."""
+    if stage not in ("all", "target", "cllm"):
+        raise typer.BadParameter(f"{stage!r} is not one of all, target, cllm")
+    if threads:
+        torch.set_num_threads(threads)
+    if stage in ("all", "target"):
+        _gsm8k.build_target(data, output / "gsm8k-target")
+    if stage in ("all", "cllm"):
+        _gsm8k.build_cllm(data, output / "gsm8k-target", output / "gsm8k-cllm", work)
 
 
 def main() -> None:

@@ -1,56 +1,64 @@
-"""The recipe of the bundled text-to-SQL models: tokenizer, target from scratch, trajectories, CLLM.
+"""The recipe of the bundled text-to-SQL models: tokenizer, target from scratch, its answers, CLLM.
 
 Data: Spider's training questions with 5 % held out, and questions that templates make from the schemas of the
-same databases. The bundled models' prompts name the database alone: they had to learn the tables and columns of each
-database. With ``schema=True`` a target gets the schema in its prompt, and questions on schemas that are mixed and
-invented, so that databases it has not seen are possible.
+same databases. A prompt names the database and shows the training questions that are most like the one asked, with
+their queries (few-shot prompts with retrieved examples, as in DAIL-SQL, Gao et al. 2023, arXiv 2308.15363). With
+``schema=True`` a target gets the schema in its prompt instead, and questions on schemas that are mixed and invented, so
+that databases it has not seen are possible.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import itertools
 import json
+import math
 import random
 import re
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import compare_models, load_model
 from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, prompt_prefix, read_questions, schema_text
 
+from . import from_scratch
 from .baselines import distil_draft, train_medusa
 from .collect import collect, prompts_of, tqdm_of
+from .from_scratch import learn_to_copy, make_model, make_tokenizer
 from .packing import initial_states
 from .rows import read_rows
 from .settings import TrainConfig
 from .set_match import schema_of, tokenize
 from .train import train
 
+_WORD = re.compile(r"[a-z]+|\d+")
 _VALUE = re.compile(r"'[^']*'|(?<![\w.])\d+(?:\.\d+)?")
 HELD_OUT = 0.05
+EXAMPLES = 2
 VOCABULARY = 1024
-CONTEXT = 1024
 SYNTHETIC = 3000
 INVENTED = 4000  # questions on schemas that there are not, for targets with the schema in the prompt
 TOGETHER = 8  # questions of one database that a batch takes together
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
-TRAJECTORIES = 3000
-CROSSED = 6000
+BARE = 0.05  # share of the prompts that show no examples, since a user may have none
+CROSSED = 4000
 BLENDED = 2000  # and as many crossed questions, which the draft and the heads are trained on
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
+PASSES = 4  # over the real and the synthetic questions
+CIPHERS = 6  # of each question that shows its own query, beside these
+COMMON = 0.05  # share of the queries that have a token which a cipher keeps
 TARGET_CONFIG = TrainConfig(
-    epochs=14, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0
+    epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0, bf16=True
 )
-SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, prefix_rows=TOGETHER, bf16=True)
+SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, epochs=14, prefix_rows=TOGETHER)
 CLLM_CONFIG = TrainConfig(
-    epochs=23, batch_size=16, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=4, augment=0.125,
-    on_policy=True, distance_decay=0.8, drop_degenerate=False,
+    epochs=2.8, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
+    on_policy=True, distance_decay=0.8, target_weight=1.0, bf16=True,
 )  # fmt: skip
-FINISH_CONFIG = dataclasses.replace(CLLM_CONFIG, epochs=4.5, learning_rate=5e-4, target_weight=1.0)
 DRAFT_STEPS, DRAFT_WARM_UP = 500, 0.75
 MEDUSA_HEADS, MEDUSA_STEPS = 4, 400
 
@@ -232,6 +240,57 @@ def _question(schema: _Schema, rng: random.Random) -> tuple[str, str] | None:
     return None
 
 
+def show_examples(questions: list[dict], pool: list[dict], count: int = EXAMPLES) -> list[dict]:
+    """The questions with ``count`` examples of ``pool`` each, which :func:`cllm_kernels.spider.prompt_for` shows: those of
+    the same database (or of all, where it has none) whose words are most alike, the most alike last.
+
+    Likeness is the cosine between TF-IDF vectors. A question is no example of itself, no two examples of one question
+    have the same query, and fewer are shown where there are no more.
+    """
+    words = [set(_WORD.findall(row["question"].lower())) for row in pool]
+    rows_with = collections.Counter(itertools.chain(*words))
+    weight = {word: math.log(len(pool) / rows) ** 2 for word, rows in rows_with.items()}
+    norms = [math.sqrt(math.fsum(map(weight.__getitem__, own))) or 1 for own in words]
+    of_database: dict[str, list[int]] = {}
+    for index, row in enumerate(pool):
+        of_database.setdefault(row["db_id"], []).append(index)
+    shown = []
+    for row in questions:
+        asked = set(_WORD.findall(row["question"].lower()))
+        likeness = {
+            index: math.fsum(weight[word] for word in words[index] & asked) / norms[index]
+            for index in of_database.get(row["db_id"], range(len(pool)))
+        }
+        examples: dict[str, list[str]] = {}
+        for index in sorted(likeness, key=lambda index: -likeness[index]):
+            other = pool[index]
+            if other["question"] != row["question"]:
+                examples.setdefault(canonical_sql(other["query"]), [other["question"], other["query"]])
+            if len(examples) == count:
+                break
+        shown.append(row | {"examples": [*examples.values()][::-1]})
+    return shown
+
+
+def encipher(rows: list[dict], vocabulary: int, copies: int, seed: int = 0) -> list[dict]:
+    """Copies of training rows in which other tokens stand for most tokens, in each row by a cipher of its own.
+
+    What is alike in a row stays alike, and tokens that many outputs have, such as SQL's, stay as they are. So the
+    answer cannot be known by heart, but only be found in the prompt: a model learns to look there.
+    """
+    rng = random.Random(seed)
+    found = collections.Counter(token for row in rows for token in set(row["output_ids"]))
+    kept = {token for token, count in found.items() if count > COMMON * len(rows)}
+    kept |= {token for row in rows[:1] for token in row["prompt_ids"][-1:]}  # the end of a line
+    others = [token for token in range(2, vocabulary) if token not in kept]
+    enciphered = []
+    for row in rows * copies:
+        cipher = dict(zip(others, rng.sample(others, len(others)), strict=True))
+        texts = {key: [cipher.get(token, token) for token in row[key]] for key in ("prompt_ids", "output_ids")}
+        enciphered.append(row | texts)
+    return enciphered
+
+
 def show_schemas(questions: list[dict], schemas: list[dict]) -> list[dict]:
     """The questions with the text of their database's schema, which :func:`cllm_kernels.spider.prompt_for` shows."""
     texts = {entry["db_id"]: schema_text(schema_of(entry).columns) for entry in schemas}
@@ -265,59 +324,17 @@ def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> li
     return mixed
 
 
-def make_tokenizer(questions: list[dict]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE over prompts and canonical queries."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=["<pad>", "<eos>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bare = [{key: row[key] for key in row if key != "schema"} for row in questions]
+def tokenizer_for(questions: list[dict]) -> PreTrainedTokenizerFast:
+    """A tokenizer of prompts and canonical queries."""
+    bare = [{key: row[key] for key in row if key not in ("schema", "examples")} for row in questions]
     texts = [text for row in bare for text in (prompt_for(row), canonical_sql(row["query"]))]
-    texts += sorted({row["schema"] for row in questions if "schema" in row})
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        eos_token="<eos>",
-        padding_side="left",
-        model_max_length=CONTEXT,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0) -> LlamaForCausalLM:
-    """A Llama of 3.2 million parameters with random weights."""
-    set_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=688,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return LlamaForCausalLM(config)
+    return make_tokenizer(texts + sorted({row["schema"] for row in questions if "schema" in row}), VOCABULARY)
 
 
 def encode(questions: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
-    """Training rows without states: the prompt, what it shares with others, and the canonical query with its EOS."""
-    prompts = tokenizer([prompt_for(row) for row in questions])["input_ids"]
-    prefixes = prefixes_of(tokenizer, questions)
-    outputs = tokenizer([canonical_sql(row["query"]) for row in questions])["input_ids"]
-    return [
-        {"prompt_ids": prompt, "prefix_length": len(prefix), "output_ids": output + [tokenizer.eos_token_id]}
-        for prompt, prefix, output in zip(prompts, prefixes, outputs, strict=True)
-    ]
+    """Training rows without states, with canonical queries."""
+    prompts, queries = [prompt_for(row) for row in questions], [canonical_sql(row["query"]) for row in questions]
+    return from_scratch.encode(prompts, queries, prefixes_of(tokenizer, questions), tokenizer)
 
 
 def prefixes_of(tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> list[list[int]]:
@@ -326,15 +343,15 @@ def prefixes_of(tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> li
 
 
 def load(data: str | Path, schema: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
-    """Training questions, held-out questions, and the schemas of the training databases, which the questions show if
-    ``schema`` is True."""
+    """Training questions, held-out questions, and the schemas of the training databases. The questions show these if
+    ``schema`` is True, else examples among the training questions."""
     data = Path(data)
     training, held_out = split(read_questions(data / "train.jsonl"))
     databases = {row["db_id"] for row in training}
     schemas = [entry for entry in read_schemas(data) if entry["db_id"] in databases]
     if schema:
-        training, held_out = show_schemas(training, schemas), show_schemas(held_out, schemas)
-    return training, held_out, schemas
+        return show_schemas(training, schemas), show_schemas(held_out, schemas), schemas
+    return show_examples(training, training), show_examples(held_out, training), schemas
 
 
 def read_schemas(data: str | Path) -> list[dict]:
@@ -348,35 +365,53 @@ def shows_schemas(target: str | Path) -> bool:
 
 
 def build_target(data: str | Path, output_dir: str | Path, schema: bool = False) -> dict:
-    """Trains the target from scratch on real and synthetic questions; returns its training record.
+    """Trains the target from scratch on copying, then on real and synthetic questions; returns its training record.
 
-    With ``schema`` the prompts show the schema, and the real questions come a second time on mixed schemas
-    (:func:`mix_schemas`), beside synthetic ones on invented schemas.
+    With ``schema`` the prompts show the schema instead of examples, and the real questions come a second time on mixed
+    schemas (:func:`mix_schemas`), beside synthetic ones on invented schemas.
     """
     training, held_out, schemas = load(data, schema)
     synthetic = synthesize(schemas, SYNTHETIC)
-    more: list[dict] = []
+    rng, bare, more = random.Random(0), 0.0 if schema else BARE, []
     if schema:
         synthetic = show_schemas(synthetic, schemas)
         invented = invent_schemas(schemas, INVENTED // TOGETHER)
         more = mix_schemas(training, schemas) + show_schemas(synthesize(invented, INVENTED, seed=1), invented)
-    tokenizer = make_tokenizer(training + synthetic)
+    else:
+        synthetic = show_examples(synthetic, training)
+    questions = [
+        {key: row[key] for key in row if key != "examples" or rng.random() >= bare} for row in training + synthetic
+    ]
+    tokenizer = tokenizer_for(training + synthetic)
     notes = {
         "data": {
             "source": "Spider 1.0 train.jsonl (CC BY-SA 4.0)",
             "schema": schema,
+            "examples": 0 if schema else EXAMPLES,
             "training_questions": len(training),
             "held_out_questions": len(held_out),
             "synthetic_questions": len(synthetic),
             "questions_on_other_schemas": len(more),
+            "passes": 1 if schema else PASSES,
+            "ciphers": 0 if schema else CIPHERS,
         }
     }
-    rows, config = encode(training + synthetic + more, tokenizer), SCHEMA_CONFIG if schema else TARGET_CONFIG
-    return train(make_model(tokenizer, config.seed), tokenizer, rows, output_dir, config, notes)
+    rows, config = encode(questions + more, tokenizer), SCHEMA_CONFIG
+    if not schema:
+        shown = [
+            row
+            for row in training
+            if canonical_sql(row["query"]) in [canonical_sql(query) for _, query in row["examples"]]
+        ]
+        rows = PASSES * rows + encipher(encode(shown, tokenizer), len(tokenizer), CIPHERS)
+        config = TARGET_CONFIG
+    model = make_model(tokenizer, config.seed)
+    notes["copying"] = learn_to_copy(model, tokenizer)
+    return train(model, tokenizer, rows, output_dir, config, notes)
 
 
 def collect_answers(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, questions: list[dict], path: Path, block_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[dict], path: Path, block_size: int
 ) -> dict:
     """Writes a target's answers to questions, as training rows; returns what collecting them found."""
     prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
@@ -386,47 +421,28 @@ def collect_answers(
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Trains the CLLM in two stages on trajectories of the target; returns the record of the second, with the first's.
+    """Trains the CLLM on the target's own answers; returns its training record.
 
-    First, on the training questions. Where a trajectory is there, the autoregressive loss takes the target's own
-    output, as the paper does; the other questions keep their gold query and blocks of random drafts. Then, at a lower
-    learning rate, on the same and on the target's answers to crossed questions, with the KL to the target: what a
-    model says to questions that it knows by heart does not tell how it answers new ones.
+    To the training questions, and to crossed ones: what a model says to questions that it has learned from does not
+    tell how it answers new ones. States begin as random drafts and move on with the model that is trained, so the first
+    ones are the target's trajectories and the later ones the CLLM's own. The KL to the target holds the clean output.
 
-    ``work`` gets the trajectories and the model of the first stage. A sample of the held-out questions is written
-    beside the CLLM, for the demo.
+    ``work`` gets the answers. A sample of the held-out questions is written beside the CLLM, for the demo.
     """
     training, held_out, _ = load(data, shows_schemas(target))
-    random.Random(0).shuffle(training)
     model, tokenizer = load_model(target)
     work = Path(work)
     work.mkdir(parents=True, exist_ok=True)
-    summaries = {}
-
-    def answers(name: str, questions: list[dict], block_size: int) -> list[dict]:
-        path = work / f"{name}.jsonl"
-        summaries[name] = collect_answers(model, tokenizer, questions, path, block_size)
-        return read_rows(path)
-
+    # Only the answers are wanted, and blocks of 2 come to them at the least cost.
+    summary = collect_answers(model, tokenizer, training + cross(training, CROSSED), work / "answers.jsonl", 2)
     rng = random.Random(0)
-
-    def with_states(row: dict) -> dict:
-        return row | {"states": initial_states(row, BLOCK_SIZE, rng)}
-
-    rows = answers("training", training[:TRAJECTORIES], BLOCK_SIZE)
-    rows += map(with_states, encode(training[TRAJECTORIES:], tokenizer))
-    # Only the answers are wanted of these, and blocks of 2 come to them at the least cost.
-    crossed = answers("crossed", cross(training, CROSSED), 2)
-    crossed = [with_states(row) for row in crossed if row["finished"] and not is_degenerate(row["output_ids"])]
-    notes = {"start": "spider-target", "block_size": BLOCK_SIZE, "trajectories": summaries["training"]}
-    first = train(model, tokenizer, rows, work / "first-stage", CLLM_CONFIG, notes)
-    notes = {
-        "start": "the model of the first stage",
-        "crossed": summaries["crossed"],
-        "crossed_rows": len(crossed),
-        "first_stage": first,
-    }
-    record = train(model, tokenizer, rows + crossed, output_dir, FINISH_CONFIG, notes, target=load_model(target)[0])
+    rows = [
+        row | {"states": initial_states(row, BLOCK_SIZE, rng), "block_size": BLOCK_SIZE}
+        for row in read_rows(work / "answers.jsonl")
+        if row["finished"] and not is_degenerate(row["output_ids"])
+    ]
+    notes = {"start": Path(target).name, "answers": summary}
+    record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes, target=load_model(target)[0])
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in random.Random(0).sample(held_out, SAMPLE))
     return record
@@ -456,7 +472,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
     """Evaluates both models on all held-out questions.
 
     Writes these to ``work/held_out.jsonl``, and Spider's ``dev.jsonl``, whose databases are unknown to the models, to
-    ``work/dev.jsonl``, both with schemas if the target was trained so: ``cllm-train evaluate`` takes them.
+    ``work/dev.jsonl``, with what the target's prompts show: ``cllm-train evaluate`` takes them.
 
     Writes ``evaluation.json`` and a model card into each model's folder. Four of five held-out questions have a
     paraphrase with the same query among the training questions; exact match is given for both kinds.
@@ -465,8 +481,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
     schema = shows_schemas(models / "spider-target")
     training, held_out, _ = load(data, schema)
     unknown = read_questions(Path(data) / "dev.jsonl")
-    if schema:
-        unknown = show_schemas(unknown, read_schemas(data))
+    unknown = show_schemas(unknown, read_schemas(data)) if schema else show_examples(unknown, training)
     work.mkdir(parents=True, exist_ok=True)
     for name, questions in (("held_out", held_out), ("dev", unknown)):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
@@ -491,8 +506,8 @@ _ABOUT = {
     "target": "Trained from scratch on Spider's training questions and on questions made by templates from the "
     "schemas of the same databases.",
     "cllm": "A Consistency LLM (Kou et al. 2024, arXiv 2403.00835) made from `spider-target`: fine-tuned on "
-    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards; in a "
-    "second stage also on the target's answers to questions that were crossed out of two.",
+    "Jacobi trajectories, the target's at first and then its own, so that Jacobi decoding needs few forwards. They lead "
+    "to the target's answers to the training questions and to questions that were crossed out of two.",
 }
 
 
@@ -518,19 +533,15 @@ def draft_card(record: dict) -> str:
 
 def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = False) -> str:
     """The README of a bundled model: what it is, how it was made, what it does on the held-out questions."""
-    prompt, known = "`{db_id} : {question}` and a newline", (
-        "The prompt names the database and not its schema, so databases outside Spider's training set are unknown "
-        "to it."
+    prompt, known = (
+        f"`{{db_id}} : `, the {EXAMPLES} most similar training questions on the same database, each with its query "
+        "(`cllm_trainer.spider.show_examples`), and the question, each in a line of its own",
+        "The prompt does not show the schema, so databases outside Spider's training set are unknown to it.",
     )
     if schema:
         prompt, known = "`{db_id} : {schema}`, a newline, `{question}` and a newline", (
             "The prompt shows the schema, as `cllm_kernels.spider.schema_text` writes it."
         )
-    stages = [
-        f"{stage['steps']} steps on {stage['rows']} rows in {stage['seconds'] / 60:.0f} minutes"
-        for stage in (record.get("first_stage"), record)
-        if stage
-    ]
     lines = [
         *_HEAD,
         f"# spider-{name}",
@@ -541,8 +552,8 @@ def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = F
         f"It shows and measures Jacobi decoding; it is no general text-to-SQL model. {known}",
         "",
         f"- Prompt: {prompt}; output: the query in lower case, `<eos>`.",
-        f"- Training: {' and then '.join(stages)} on {record['threads']} CPU threads; settings and losses in "
-        "`training_record.json`.",
+        f"- Training: {record['steps']} steps on {record['rows']} rows in {record['seconds'] / 60:.0f} minutes on "
+        f"{record['threads']} CPU threads; settings and losses in `training_record.json`.",
         "- Made by `make models`, which also wrote this card.",
         "- Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0; 5 % of the training questions are held out. "
         "`held_out_sample.jsonl`, where it is there, is an excerpt of these under the same licence.",

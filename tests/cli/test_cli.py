@@ -52,7 +52,8 @@ def test_demo_shows_other_questions(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "no questions"), ("{}\n", "questions.jsonl:1"), ('{"db_id": 1}\n', "db_id"), ("nonsense\n", "not JSON")],
+    [("", "no questions"), ("{}\n", "questions.jsonl:1"), ('{"db_id": 1}\n', "db_id"), ("nonsense\n", "not JSON"),
+     ('{"db_id": "a", "question": "b", "query": "c", "examples": ["d"]}\n', "pairs")],  # fmt: skip
 )
 def test_demo_names_what_is_wrong_with_questions(tmp_path, text, message):
     path = tmp_path / "questions.jsonl"

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from cllm_trainer import spider
+from cllm_trainer import from_scratch, gsm8k, spider
 from cllm_trainer.cli import app
 from cllm_trainer.collect import collect, prompts_of
 from cllm_trainer.rows import read_rows
@@ -36,7 +36,7 @@ SCHEMA = {
 def target(tmp_path_factory):
     """A model of 30 thousand parameters that has learnt a little SQL."""
     questions = spider.synthesize([SCHEMA], 120)
-    tokenizer = spider.make_tokenizer(questions)
+    tokenizer = spider.tokenizer_for(questions)
     set_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -130,6 +130,30 @@ def test_blends_mean_the_same():
     assert len(seen) > 5 and not seen & {row["question"] for row in questions}
 
 
+def test_examples_are_the_questions_most_alike():
+    pool = [
+        {"db_id": "a", "question": "Show the names of all singers.", "query": "SELECT name FROM singer"},
+        {"db_id": "a", "question": "What are the names of all singers?", "query": "select name from singer;"},
+        {"db_id": "a", "question": "How many concerts are there?", "query": "select count(*) from concert"},
+        {"db_id": "a", "question": "Show the years of all concerts.", "query": "select year from concert"},
+        {"db_id": "b", "question": "Show the names of all singers from France.", "query": "select name from artist"},
+    ]
+    own, new, unknown = spider.show_examples(
+        [pool[0], {"db_id": "a", "question": "List the singers' names"}, {"db_id": "c", "question": "Singers from France"}],
+        pool,
+    )
+    # not itself; the most alike last; of two with the same query the one more alike
+    assert [question for question, _ in own["examples"]] == [pool[3]["question"], pool[1]["question"]]
+    assert new["examples"][-1][1] in (pool[0]["query"], pool[1]["query"]) and len(new["examples"]) == 2
+    assert new["examples"][0][1] not in (pool[0]["query"], pool[1]["query"])
+    assert unknown["examples"][-1] == [pool[4]["question"], pool[4]["query"]]  # of all, where the database has none
+    assert spider.show_examples([pool[4]], pool)[0]["examples"] == []
+    assert prompt_for(own) == (
+        "a : Show the years of all concerts.\nselect year from concert\n"
+        "What are the names of all singers?\nselect name from singer\nShow the names of all singers.\n"
+    )
+
+
 def test_schemas_that_are_mixed_and_invented():
     """The tables and columns that a query names stay, among others in another order."""
     other = {**SCHEMA, "db_id": "bar", "table_names_original": ["Drink", "Guest"]}
@@ -161,12 +185,14 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     (data / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     (data / "dev.jsonl").write_text(json.dumps(questions[0]) + "\n")
     (data / "tables.json").write_text(json.dumps([SCHEMA]))
-    for name in ("TARGET_CONFIG", "SCHEMA_CONFIG", "CLLM_CONFIG", "FINISH_CONFIG"):
+    for name in ("TARGET_CONFIG", "SCHEMA_CONFIG", "CLLM_CONFIG"):
         short = {"epochs": 0.3, "batch_size": 8, "warmup_steps": 1, "drop_degenerate": False}
         monkeypatch.setattr(spider, name, dataclasses.replace(getattr(spider, name), **short))
-    for name, value in {"SYNTHETIC": 20, "INVENTED": 16, "TRAJECTORIES": 12, "CROSSED": 8, "BLENDED": 4, "DRAFT_STEPS": 2, "DRAFT_WARM_UP": 0.5,
+    for name, value in {"SYNTHETIC": 20, "INVENTED": 16, "CROSSED": 8, "BLENDED": 4, "DRAFT_STEPS": 2, "DRAFT_WARM_UP": 0.5,
                         "MEDUSA_STEPS": 2, "MAX_NEW_TOKENS": 12, "SAMPLE": 2}.items():  # fmt: skip
         monkeypatch.setattr(spider, name, value)
+    monkeypatch.setattr(from_scratch, "COPYING_STEPS", 2)
+    monkeypatch.setattr(from_scratch, "ANSWERING_STEPS", 2)
     # models of a few steps end no answer
     read = spider.read_rows
     monkeypatch.setattr(spider, "read_rows", lambda path: [row | {"finished": True} for row in read(path)])
@@ -175,13 +201,13 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
     record = json.loads((models / "spider-cllm" / "training_record.json").read_text())
-    assert record["crossed_rows"] == 8 and record["first_stage"]["rows"] < record["rows"]
+    assert record["rows"] == record["answers"]["prompts"] == 72 + 8
     for name in ("target", "cllm", "draft"):
         assert (models / f"spider-{name}" / "README.md").read_text().startswith("---\nlicense")
     assert ("{schema}" in (models / "spider-cllm" / "README.md").read_text()) == schema
     for path in (models / "spider-cllm" / "held_out_sample.jsonl", work / "held_out.jsonl", work / "dev.jsonl"):
-        assert all(("schema" in row) == schema for row in read_questions(path))
-    assert all((row["prefix_length"] > 0) == schema for row in read_rows(work / "crossed.jsonl"))
+        assert all(("schema" in row) == schema != ("examples" in row) for row in read_questions(path))
+    assert all((row["prefix_length"] > 0) == schema for row in read_rows(work / "answers.jsonl"))
     options = ["evaluate", "--target", str(models / "spider-target"), "--cllm", str(models / "spider-cllm"),
                "--draft", str(models / "spider-draft"), "--medusa", str(models / "spider-target" / "medusa.safetensors"),
                "--questions", str(work / "held_out.jsonl"), "--output", str(tmp_path / "rows.json"), "--lookup",
@@ -191,6 +217,51 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     assert {row["method"] for row in json.loads((tmp_path / "rows.json").read_text())} == {
         "hf_ar", "jacobi_window", "jacobi_block", "prompt_lookup", "draft_model", "medusa"
     }  # fmt: skip
+
+
+def test_the_first_layer_looks_at_the_token_before(monkeypatch):
+    """What make_model sets, and that the rows of the first training can be copied."""
+    tokenizer = spider.tokenizer_for(spider.synthesize([SCHEMA], 20))
+    model = from_scratch.make_model(tokenizer)
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(2, len(tokenizer), (2, 60), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        weights = model(tokens, output_attentions=True).attentions[0]
+    before = weights.diagonal(-1, dim1=-2, dim2=-1).mean((0, 2))
+    assert (before[::2] > 0.7).all() and (before[1::2] < 0.2).all()
+    for row in from_scratch.copying_rows(50, len(tokenizer), 1):
+        prompt, output = row["prompt_ids"], row["output_ids"]
+        shown = next(count for count in range(1, 5) if prompt[-count:] + output[:-1] == prompt[:-count])
+        assert 16 <= len(prompt) - shown <= 48 and output[-1] == 1
+    newline = tokenizer("\n")["input_ids"][0]
+    rows = from_scratch.answering_rows(80, len(tokenizer), newline, 1)
+    assert rows[:20] == from_scratch.copying_rows(20, len(tokenizer), 1)
+    for row in rows[20:]:
+        answer = row["output_ids"][:-1]
+        at = next(at for at in range(len(row["prompt_ids"])) if row["prompt_ids"][at : at + len(answer)] == answer)
+        assert row["prompt_ids"][at - 1] == row["prompt_ids"][at + len(answer)] == row["prompt_ids"][-1] == newline
+
+
+def test_gsm8k_by_one_command(tmp_path, monkeypatch):
+    rows = [{"question": f"Ann has {n} pens and buys {n + 2}. How many?", "answer": f"{n}+{n + 2}=<<{n}+{n + 2}={2 * n + 2}>>{2 * n + 2}\n#### {2 * n + 2}"}
+            for n in range(40)]  # fmt: skip
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("TARGET_CONFIG", "CLLM_CONFIG"):
+        short = {"epochs": 0.5, "batch_size": 8, "warmup_steps": 1, "drop_degenerate": False}
+        monkeypatch.setattr(gsm8k, name, dataclasses.replace(getattr(gsm8k, name), **short))
+    monkeypatch.setattr(gsm8k, "MAX_NEW_TOKENS", 12)
+    monkeypatch.setattr(from_scratch, "COPYING_STEPS", 2)
+    monkeypatch.setattr(from_scratch, "ANSWERING_STEPS", 2)
+    models = tmp_path / "models"
+    options = ["gsm8k", "--data", str(tmp_path), "--output", str(models), "--work", str(tmp_path / "work")]
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 0, result.output
+    _, tokenizer = load_model(models / "gsm8k-cllm")
+    assert len(tokenizer.tokenize("1234")) == 4  # each digit alone
+    record = json.loads((models / "gsm8k-cllm" / "training_record.json").read_text())
+    assert record["rows"] == record["trajectories"]["prompts"] == 40 and record["states"] > 40
+    result = CliRunner().invoke(app, [*options, "--stage", "cllms"])
+    assert result.exit_code == 2 and "not one of all, target, cllm" in result.output
 
 
 def test_record_and_saved_weights(target):
