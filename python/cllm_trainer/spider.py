@@ -35,9 +35,10 @@ from .set_match import schema_of, tokenize
 from .train import train
 
 _WORD = re.compile(r"[a-z]+|\d+")
+_PIECES = 3, 4  # characters of the pieces of words that likeness counts, as in singer, singers and singing
 _VALUE = re.compile(r"'[^']*'|(?<![\w.])\d+(?:\.\d+)?")
 HELD_OUT = 0.05
-EXAMPLES = 2
+EXAMPLES = 1
 VOCABULARY = 1024
 SYNTHETIC = 3000
 INVENTED = 4000  # questions on schemas that there are not, for targets with the schema in the prompt
@@ -48,8 +49,8 @@ BARE = 0.05  # share of the prompts that show no examples, since a user may have
 CROSSED = 4000
 BLENDED = 2000  # and as many crossed questions, which the draft and the heads are trained on
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
-PASSES = 4  # over the real and the synthetic questions
-CIPHERS = 6  # of each question that shows its own query, beside these
+PASSES = 8  # over the real and the synthetic questions
+CIPHERS = 12  # of each question that shows its own query, beside these
 COMMON = 0.05  # share of the queries that have a token which a cipher keeps
 TARGET_CONFIG = TrainConfig(
     epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0, bf16=True
@@ -240,25 +241,30 @@ def _question(schema: _Schema, rng: random.Random) -> tuple[str, str] | None:
     return None
 
 
+def _pieces(question: str) -> set[str]:
+    words = [f"^{word}$" for word in _WORD.findall(question.lower())]
+    return {word[at : at + size] for word in words for size in _PIECES for at in range(len(word) - size + 1)}
+
+
 def show_examples(questions: list[dict], pool: list[dict], count: int = EXAMPLES) -> list[dict]:
     """The questions with ``count`` examples of ``pool`` each, which :func:`cllm_kernels.spider.prompt_for` shows: those of
-    the same database (or of all, where it has none) whose words are most alike, the most alike last.
+    the same database (or of all, where it has none) that are most alike, the most alike last.
 
-    Likeness is the cosine between TF-IDF vectors. A question is no example of itself, no two examples of one question
+    Likeness is the cosine between TF-IDF vectors of the pieces of words (character n-grams). A question is no example of itself, no two examples of one question
     have the same query, and fewer are shown where there are no more.
     """
-    words = [set(_WORD.findall(row["question"].lower())) for row in pool]
-    rows_with = collections.Counter(itertools.chain(*words))
-    weight = {word: math.log(len(pool) / rows) ** 2 for word, rows in rows_with.items()}
-    norms = [math.sqrt(math.fsum(map(weight.__getitem__, own))) or 1 for own in words]
+    pieces = [_pieces(row["question"]) for row in pool]
+    rows_with = collections.Counter(itertools.chain(*pieces))
+    weight = {piece: math.log(len(pool) / rows) ** 2 for piece, rows in rows_with.items()}
+    norms = [math.sqrt(math.fsum(map(weight.__getitem__, own))) or 1 for own in pieces]
     of_database: dict[str, list[int]] = {}
     for index, row in enumerate(pool):
         of_database.setdefault(row["db_id"], []).append(index)
     shown = []
     for row in questions:
-        asked = set(_WORD.findall(row["question"].lower()))
+        asked = _pieces(row["question"])
         likeness = {
-            index: math.fsum(weight[word] for word in words[index] & asked) / norms[index]
+            index: math.fsum(weight[piece] for piece in pieces[index] & asked) / norms[index]
             for index in of_database.get(row["db_id"], range(len(pool)))
         }
         examples: dict[str, list[str]] = {}
