@@ -82,12 +82,14 @@ def decode(
     lookup = LookupDrafts(prompt, starts.tolist(), session.order) if config.looks_up else None
     branches = Branches(session, config, processing, backend) if config.candidates > 1 else None
     source, candidates = config.sources[0]
-    records: list[tuple[torch.Tensor, ...]] = []
+    records: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
     streamed = 0
 
     def record() -> None:
         if config.record_trajectory:
-            records.append((state.produced.clone(), state.window.clone(), state.done.clone()))
+            alive = (state.done == 0).nonzero()[:, 0]
+            rows = [session.order[slot] for slot in alive.tolist()]
+            records.append((rows, state.produced[alive], state.window[alive, 1:]))
 
     def stream(produced: int, output: torch.Tensor) -> None:
         nonlocal streamed
@@ -142,7 +144,7 @@ def decode(
         if on_commit is not None:
             stream(int(state.produced[0]), state.output[0])
     # Finished rows leave the batch where nobody outside knows rows by their number.
-    shrinks = session.cache is not None and processing.vectorised and not (looks or config.record_trajectory)
+    shrinks = session.cache is not None and processing.vectorised and not looks
     while running:
         if shrinks and running < state.rows:
             state = windows.drop_finished()
@@ -334,12 +336,12 @@ def _row_statistics(state: JacobiState, accept_histogram: torch.Tensor) -> tuple
     )
 
 
-def _trajectory(records: list[tuple[torch.Tensor, ...]], rows: int) -> list[list[tuple[int, list[int]]]]:
+def _trajectory(
+    records: list[tuple[list[int], torch.Tensor, torch.Tensor]], rows: int
+) -> list[list[tuple[int, list[int]]]]:
+    """Of each row of the batch the states that it went through: ``records`` hold running rows, tokens committed and drafts."""
     trajectory: list[list[tuple[int, list[int]]]] = [[] for _ in range(rows)]
-    for produced, window, done in records:
-        for row, (start, tokens, stopped) in enumerate(
-            zip(produced.tolist(), window.tolist(), done.tolist(), strict=True)
-        ):
-            if not stopped:
-                trajectory[row].append((start, tokens[1:]))
+    for alive, produced, drafts in records:
+        for row, start, tokens in zip(alive, produced.tolist(), drafts.tolist(), strict=True):
+            trajectory[row].append((start, tokens))
     return trajectory

@@ -1,8 +1,8 @@
 """The recipe of the bundled text-to-SQL models: tokenizer, target from scratch, its answers, CLLM.
 
 Data: Spider's training questions with 5 % held out, and questions that templates make from the schemas of the
-same databases. A prompt names the database and shows the training questions that are most like the one asked, with
-their queries (few-shot prompts with retrieved examples, as in DAIL-SQL, Gao et al. 2023, arXiv 2308.15363). With
+same databases. A prompt names the database and shows the training question that is most like the one asked, with its
+query (a retrieved example, as in DAIL-SQL, Gao et al. 2023, arXiv 2308.15363). With
 ``schema=True`` a target gets the schema in its prompt instead, and questions on schemas that are mixed and invented, so
 that databases it has not seen are possible.
 """
@@ -540,7 +540,7 @@ def draft_card(record: dict) -> str:
 def model_card(name: str, record: dict, evaluation: list[dict], schema: bool = False) -> str:
     """The README of a bundled model: what it is, how it was made, what it does on the held-out questions."""
     prompt, known = (
-        f"`{{db_id}} : `, the {EXAMPLES} most similar training questions on the same database, each with its query "
+        "`{db_id} : `, the most similar training question on the same database, its query "
         "(`cllm_trainer.spider.show_examples`), and the question, each in a line of its own",
         "The prompt does not show the schema, so databases outside Spider's training set are unknown to it.",
     )

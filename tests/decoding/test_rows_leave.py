@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -91,6 +92,18 @@ def test_outputs_stay_and_rows_leave(name, guesses, batches, planted):
         assert single.statistics.rows == (together,)
 
 
+@pytest.mark.parametrize("name", ["context", "block", "lookup"])
+def test_trajectories_are_those_of_rows_that_left(name, batches):
+    config = JacobiConfig(block_size=6, seed=SEEDS, record_trajectory=True, **CONFIGS[name])
+    together = JacobiGenerator(MODEL, config)
+    together.generate(**INPUTS, **OPTIONS)
+    check_that_they_left(batches, together.statistics)
+    for row, states in enumerate(together.trajectory):
+        single = JacobiGenerator(MODEL, dataclasses.replace(config, seed=SEEDS[row : row + 1]))
+        single.generate(**alone(row), **OPTIONS)
+        assert single.trajectory == [states]
+
+
 def test_choices_are_learnt_by_the_number_of_rows():
     """Steps with few rows cost less, so what pays is another width."""
     generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6, adaptive=True))
@@ -118,10 +131,9 @@ def test_samples_stay_and_rows_leave(name, processors, batches):
 
 
 def test_rows_stay_where_others_know_them_by_number(batches):
-    """Processors and criteria may; scores and trajectories are those of all rows."""
+    """Processors and criteria may; scores are those of all rows."""
     for kept in (
         dict(repetition_penalty=1.1), dict(output_scores=True, return_dict_in_generate=True), dict(max_time=60.0),
-        dict(record_trajectory=True),
     ):  # fmt: skip
         for draft in ("context", "lookup"):
             JacobiGenerator(MODEL, JacobiConfig(block_size=6, draft=draft)).generate(**INPUTS, **OPTIONS, **kept)

@@ -141,6 +141,7 @@ def test_examples_are_the_questions_most_alike():
     own, new, unknown = spider.show_examples(
         [pool[0], {"db_id": "a", "question": "List the singers' names"}, {"db_id": "c", "question": "Singers from France"}],
         pool,
+        count=2,
     )
     # not itself; the most alike last; of two with the same query the one more alike
     assert [question for question, _ in own["examples"]] == [pool[3]["question"], pool[1]["question"]]
@@ -148,6 +149,7 @@ def test_examples_are_the_questions_most_alike():
     assert new["examples"][0][1] not in (pool[0]["query"], pool[1]["query"])
     assert unknown["examples"][-1] == [pool[4]["question"], pool[4]["query"]]  # of all, where the database has none
     assert spider.show_examples([pool[4]], pool)[0]["examples"] == []
+    assert spider.show_examples([pool[0]], pool)[0]["examples"] == own["examples"][1:]
     assert prompt_for(own) == (
         "a : Show the years of all concerts.\nselect year from concert\n"
         "What are the names of all singers?\nselect name from singer\nShow the names of all singers.\n"
