@@ -22,10 +22,10 @@ VOCABULARY = 2048
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
 TARGET_CONFIG = TrainConfig(
-    epochs=6, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=0, bf16=True
+    epochs=5, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=0, bf16=True
 )
 CLLM_CONFIG = TrainConfig(
-    epochs=4, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
+    epochs=1.5, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
     on_policy=True, distance_decay=0.8, bf16=True,
 )  # fmt: skip
 

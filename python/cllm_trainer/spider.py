@@ -57,7 +57,7 @@ TARGET_CONFIG = TrainConfig(
 )
 SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, epochs=14, prefix_rows=TOGETHER)
 CLLM_CONFIG = TrainConfig(
-    epochs=2.8, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
+    epochs=2.5, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
     on_policy=True, distance_decay=0.8, target_weight=1.0, bf16=True,
 )  # fmt: skip
 DRAFT_STEPS, DRAFT_WARM_UP = 500, 0.75
