@@ -38,7 +38,7 @@ VARIANTS = {
     "progressive schedule": (16, 1.0, "--schedule progressive"),
     "on policy": (16, 1.0, "--on-policy"),
 }
-COMMON = "--epochs 8 --batch-size 16 --learning-rate 1e-3 --weight-decay 0.1 --warmup-steps 50 --noisy-blocks 4 --bf16"
+COMMON = "--epochs 8 --batch-size 8 --learning-rate 3e-4 --weight-decay 0.1 --warmup-steps 50 --noisy-blocks 8 --bf16"
 MEASURES = ("tokens_per_forward", "speedup", "equal", "degenerate", "fast_forwarded", "stationary")
 
 

@@ -2,9 +2,9 @@
 
 Data: Spider's training questions with 5 % held out, and questions that templates make from the schemas of the
 same databases. A prompt names the database and shows the training question that is most like the one asked, with its
-query (a retrieved example, as in DAIL-SQL, Gao et al. 2023, arXiv 2308.15363). With
-``schema=True`` a target gets the schema in its prompt instead, and questions on schemas that are mixed and invented, so
-that databases it has not seen are possible.
+query (a retrieved example, as in DAIL-SQL, Gao et al. 2023, arXiv 2308.15363). With ``schema=True`` a target gets the
+schema in its prompt instead, and questions on schemas that are mixed and invented, so that databases it has not seen are
+possible.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from .train import train
 
 _WORD = re.compile(r"[a-z]+|\d+")
 _PIECES = 3, 4  # characters of the pieces of words that likeness counts, as in singer, singers and singing
-_VALUE = re.compile(r"'[^']*'|(?<![\w.])\d+(?:\.\d+)?")
 HELD_OUT = 0.05
 EXAMPLES = 1
 VOCABULARY = 1024
@@ -47,7 +46,6 @@ MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
 BARE = 0.05  # share of the prompts that show no examples, since a user may have none
 CROSSED = 4000
-BLENDED = 2000  # and as many crossed questions, which the draft and the heads are trained on
 SAMPLE = 48  # held-out questions that travel with the CLLM, for the demo
 PASSES = 8  # over the real and the synthetic questions
 CIPHERS = 12  # of each question that shows its own query, beside these
@@ -60,7 +58,8 @@ CLLM_CONFIG = TrainConfig(
     epochs=2.5, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
     on_policy=True, distance_decay=0.8, target_weight=1.0, bf16=True,
 )  # fmt: skip
-DRAFT_STEPS, DRAFT_WARM_UP = 500, 0.75
+DRAFT_LAYERS = 2  # as many as copying takes
+DRAFT_STEPS, DRAFT_WARM_UP = 300, 0.8
 MEDUSA_HEADS, MEDUSA_STEPS = 4, 400
 
 
@@ -94,28 +93,6 @@ def cross(questions: list[dict], count: int, seed: int = 0) -> list[dict]:
         words[here : here + size] = other[there : there + size]
         crossed.append({key: row[key] for key in row if key != "query"} | {"question": " ".join(words)})
     return crossed
-
-
-def blend(questions: list[dict], seed: int = 0) -> list[dict]:
-    """For each question one that begins like it and ends like another with the same query, where there is such a one
-    and the blend names every value of the query that both name."""
-    rng = random.Random(seed)
-    alike: dict[tuple[str, str], list[dict]] = {}
-    for row in questions:
-        alike.setdefault((row["db_id"], canonical_sql(row["query"])), []).append(row)
-    blends = []
-    for (_, query), rows in alike.items():
-        values = [value.strip("'%").lower() for value in _VALUE.findall(query)]
-        for row in rows:
-            others = [other for other in rows if other["question"] != row["question"]]
-            if not others:
-                continue
-            words, tail = row["question"].split(), rng.choice(others)["question"].split()
-            share = rng.uniform(0.2, 0.8)
-            question = " ".join(words[: round(share * len(words))] + tail[round(share * len(tail)) :])
-            if all(value in question.lower() for value in values if value in row["question"].lower()):
-                blends.append(row | {"question": question})
-    return blends
 
 
 class _Schema:
@@ -417,36 +394,37 @@ def build_target(data: str | Path, output_dir: str | Path, schema: bool = False)
 
 
 def collect_answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: list[dict], path: Path, block_size: int
-) -> dict:
-    """Writes a target's answers to questions, as training rows; returns what collecting them found."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: list[dict], work: str | Path
+) -> tuple[list[dict], dict]:
+    """A target's own answers, as training rows, and what collecting them found; they go to ``work/answers.jsonl``.
+
+    To the training questions and to crossed ones: what a model says to questions that it has learned from does not tell
+    how it answers new ones. Answers without an end and repetitions are left out.
+    """
+    questions, path = training + cross(training, CROSSED), Path(work) / "answers.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
     shared = [len(prefix) for prefix in prefixes_of(tokenizer, questions)]
-    config = JacobiConfig(block_size=block_size)
-    return collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared)
+    # Only the answers are wanted, and blocks of 2 come to them at the least cost.
+    config = JacobiConfig(block_size=2)
+    summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared)
+    rows = [row for row in read_rows(path) if row["finished"] and not is_degenerate(row["output_ids"])]
+    return rows, summary
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Trains the CLLM on the target's own answers; returns its training record.
+    """Trains the CLLM on the target's own answers (:func:`collect_answers`); returns its training record.
 
-    To the training questions, and to crossed ones: what a model says to questions that it has learned from does not
-    tell how it answers new ones. States begin as random drafts and move on with the model that is trained, so the first
-    ones are the target's trajectories and the later ones the CLLM's own. The KL to the target holds the clean output.
+    States begin as random drafts and move on with the model that is trained, so the first ones are the target's
+    trajectories and the later ones the CLLM's own. The KL to the target holds the clean output.
 
-    ``work`` gets the answers. A sample of the held-out questions is written beside the CLLM, for the demo.
+    A sample of the held-out questions is written beside the CLLM, for the demo.
     """
     training, held_out, _ = load(data, shows_schemas(target))
     model, tokenizer = load_model(target)
-    work = Path(work)
-    work.mkdir(parents=True, exist_ok=True)
-    # Only the answers are wanted, and blocks of 2 come to them at the least cost.
-    summary = collect_answers(model, tokenizer, training + cross(training, CROSSED), work / "answers.jsonl", 2)
+    answers, summary = collect_answers(model, tokenizer, training, work)
     rng = random.Random(0)
-    rows = [
-        row | {"states": initial_states(row, BLOCK_SIZE, rng), "block_size": BLOCK_SIZE}
-        for row in read_rows(work / "answers.jsonl")
-        if row["finished"] and not is_degenerate(row["output_ids"])
-    ]
+    rows = [row | {"states": initial_states(row, BLOCK_SIZE, rng), "block_size": BLOCK_SIZE} for row in answers]
     notes = {"start": Path(target).name, "answers": summary}
     record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes, target=load_model(target)[0])
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
@@ -455,21 +433,13 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
 
 
 def build_baselines(data: str | Path, models: str | Path, work: str | Path) -> None:
-    """Distils ``spider-draft`` from the target, and trains Medusa-style heads, ``spider-target/medusa.safetensors``.
-
-    On the target's answers to the training questions and to blended and crossed ones, which go to ``work``: what a
-    model says to questions that it knows by heart does not tell how it answers new ones.
-    """
-    models, work = Path(models), Path(work)
-    work.mkdir(parents=True, exist_ok=True)
+    """Distils ``spider-draft`` from the target, and trains Medusa-style heads, ``spider-target/medusa.safetensors``, on
+    the answers that the CLLM is trained on too (:func:`collect_answers`)."""
+    models = Path(models)
     training, _, _ = load(data, shows_schemas(models / "spider-target"))
     model, tokenizer = load_model(models / "spider-target")
-    blended = blend(training, seed=3)
-    blended = random.Random(0).sample(blended, min(BLENDED, len(blended)))
-    path = work / "baselines.jsonl"
-    collect_answers(model, tokenizer, training + blended + cross(training, BLENDED), path, 2)
-    rows = [row for row in read_rows(path) if row["finished"] and not is_degenerate(row["output_ids"])]
-    record = distil_draft(model, tokenizer, rows, models / "spider-draft", 1, DRAFT_STEPS, DRAFT_WARM_UP)
+    rows, _ = collect_answers(model, tokenizer, training, work)
+    record = distil_draft(model, tokenizer, rows, models / "spider-draft", DRAFT_LAYERS, DRAFT_STEPS, DRAFT_WARM_UP)
     (models / "spider-draft" / "README.md").write_text(draft_card(record))
     train_medusa(model, tokenizer, rows, models / "spider-target" / "medusa.safetensors", MEDUSA_HEADS, MEDUSA_STEPS)
 
@@ -527,10 +497,11 @@ def draft_card(record: dict) -> str:
         *_HEAD,
         "# spider-draft",
         "",
-        f"A draft model of {record['parameters'] / 1e6:.1f} million parameters for `spider-target`: its first layer "
-        "and its embeddings, distilled from it by the forward KL on its answers and then by the reverse KL on the draft's "
-        f"own samples ({record['steps']} steps, at the end {sum(last) / len(last):.2f} nats a token). For "
-        "transformers' assisted generation, beside which Jacobi decoding is measured. Made by `cllm-train spider --stage baselines`.",
+        f"A draft model of {record['parameters'] / 1e6:.1f} million parameters for `spider-target`: its first "
+        f"{record['layers']} layers and its embeddings, distilled from it by the forward KL on its answers and then by the "
+        f"reverse KL on the draft's own samples ({record['steps']} steps, at the end {sum(last) / len(last):.2f} nats a "
+        "token). For transformers' assisted generation, beside which Jacobi decoding is measured. Made by "
+        "`cllm-train spider --stage baselines`.",
         "",
         "Data: Spider 1.0 (Yu et al. 2018, Yale), CC BY-SA 4.0.",
         "",

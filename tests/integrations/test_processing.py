@@ -13,6 +13,10 @@ from cllm_kernels.ops import JacobiState
 
 MODEL = make_model("llama", seed=4)
 MODEL.requires_grad_(False)
+PROMPT = (  # of the bundled models
+    "wine_1 : How many wines are there for each grape?\nselect count(*), grape from wine group by grape\n"
+    "How many wines are there?\n"
+)
 NEW = 24
 
 
@@ -167,7 +171,7 @@ def test_criteria_inside_an_accepted_run():
     """The bundled CLLM commits several tokens at once; the criterion ends the output in the middle of them."""
     model = AutoModelForCausalLM.from_pretrained("models/spider-cllm", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained("models/spider-cllm")
-    inputs = tokenizer("wine_1 : How many wines are there?\n", return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     options = dict(do_sample=False, max_new_tokens=40)
     whole = model.generate(**inputs, **options)[0]
     for count in range(1, len(whole) - inputs["input_ids"].shape[1]):
@@ -186,7 +190,7 @@ def test_criteria_inside_an_accepted_run():
 def test_stop_strings():
     model = AutoModelForCausalLM.from_pretrained("models/spider-cllm", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained("models/spider-cllm")
-    inputs = tokenizer("wine_1 : How many wines are there?\n", return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     options = dict(do_sample=False, max_new_tokens=40, stop_strings=["from"], tokenizer=tokenizer)
     expected = model.generate(**inputs, **options)
     assert expected.shape[1] < model.generate(**inputs, do_sample=False, max_new_tokens=40).shape[1]

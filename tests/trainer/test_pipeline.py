@@ -112,24 +112,6 @@ def test_split_is_fixed_and_disjoint():
     assert spider.split(rows) == (training, held_out)
 
 
-def test_blends_mean_the_same():
-    ask = "select name from singer where country = 'France'"
-    questions = [
-        {"db_id": "a", "question": "Show the names of all singers from France .", "query": ask},
-        {"db_id": "a", "question": "Which singers are French, from France , and how are they called?", "query": ask},
-        {"db_id": "b", "question": "Singers in France ?", "query": ask},
-        {"db_id": "a", "question": "How many are there?", "query": "select count(*) from singer"},
-    ]
-    seen = set()
-    for seed in range(30):
-        blends = spider.blend(questions, seed)
-        assert blends == spider.blend(questions, seed)
-        for row in blends:
-            assert row["db_id"] == "a" and row["query"] == ask and "France" in row["question"]
-            seen.add(row["question"])
-    assert len(seen) > 5 and not seen & {row["question"] for row in questions}
-
-
 def test_examples_are_the_questions_most_alike():
     pool = [
         {"db_id": "a", "question": "Show the names of all singers.", "query": "SELECT name FROM singer"},
@@ -190,7 +172,7 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     for name in ("TARGET_CONFIG", "SCHEMA_CONFIG", "CLLM_CONFIG"):
         short = {"epochs": 0.3, "batch_size": 8, "warmup_steps": 1, "drop_degenerate": False}
         monkeypatch.setattr(spider, name, dataclasses.replace(getattr(spider, name), **short))
-    for name, value in {"SYNTHETIC": 20, "INVENTED": 16, "CROSSED": 8, "BLENDED": 4, "DRAFT_STEPS": 2, "DRAFT_WARM_UP": 0.5,
+    for name, value in {"SYNTHETIC": 20, "INVENTED": 16, "CROSSED": 8, "DRAFT_STEPS": 2, "DRAFT_WARM_UP": 0.5,
                         "MEDUSA_STEPS": 2, "MAX_NEW_TOKENS": 12, "SAMPLE": 2}.items():  # fmt: skip
         monkeypatch.setattr(spider, name, value)
     monkeypatch.setattr(from_scratch, "COPYING_STEPS", 2)
