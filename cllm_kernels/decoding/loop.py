@@ -339,7 +339,7 @@ def _row_statistics(state: JacobiState, accept_histogram: torch.Tensor) -> tuple
 def _trajectory(
     records: list[tuple[list[int], torch.Tensor, torch.Tensor]], rows: int
 ) -> list[list[tuple[int, list[int]]]]:
-    """Of each row of the batch the states that it went through: ``records`` hold running rows, tokens committed and drafts."""
+    """The states that each row of the batch went through; ``records`` hold running rows, committed tokens, drafts."""
     trajectory: list[list[tuple[int, list[int]]]] = [[] for _ in range(rows)]
     for alive, produced, drafts in records:
         for row, start, tokens in zip(alive, produced.tolist(), drafts.tolist(), strict=True):

@@ -257,6 +257,14 @@ def settings() -> None:
     typer.echo(describe(), nl=False)
 
 
+def _chosen(stage: str, *stages: str) -> tuple[str, ...]:
+    """The stages that ``stage`` names: one of them, or all."""
+    names = ("all", *stages)
+    if stage not in names:
+        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(names)}")
+    return stages if stage == "all" else (stage,)
+
+
 @app.command()
 def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl, dev.jsonl and tables.json.")],
@@ -271,17 +279,16 @@ def spider(
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Makes the bundled models: target from scratch, trajectories, CLLM, draft and heads, evaluation."""
-    if stage not in ("all", "target", "cllm", "baselines", "evaluate"):
-        raise typer.BadParameter(f"{stage!r} is not one of all, target, cllm, baselines, evaluate")
+    stages = _chosen(stage, "target", "cllm", "baselines", "evaluate")
     if threads:
         torch.set_num_threads(threads)
-    if stage in ("all", "target"):
+    if "target" in stages:
         _spider.build_target(data, output / "spider-target", schema)
-    if stage in ("all", "cllm"):
+    if "cllm" in stages:
         _spider.build_cllm(data, output / "spider-target", output / "spider-cllm", work)
-    if stage in ("all", "baselines"):
+    if "baselines" in stages:
         _spider.build_baselines(data, output, work)
-    if stage in ("all", "evaluate"):
+    if "evaluate" in stages:
         _spider.evaluate_models(data, output, work)
 
 
@@ -294,13 +301,12 @@ def gsm8k(
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Makes a small target from scratch on GSM8K's texts, and its CLLM."""
-    if stage not in ("all", "target", "cllm"):
-        raise typer.BadParameter(f"{stage!r} is not one of all, target, cllm")
+    stages = _chosen(stage, "target", "cllm")
     if threads:
         torch.set_num_threads(threads)
-    if stage in ("all", "target"):
+    if "target" in stages:
         _gsm8k.build_target(data, output / "gsm8k-target")
-    if stage in ("all", "cllm"):
+    if "cllm" in stages:
         _gsm8k.build_cllm(data, output / "gsm8k-target", output / "gsm8k-cllm", work)
 
 

@@ -148,12 +148,12 @@ def learn_to_copy(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -
 
 
 def encode(
-    prompts: list[str], outputs: list[str], prefixes: list[list[int]] | None, tokenizer: PreTrainedTokenizerFast
+    prompts: list[str], outputs: list[str], tokenizer: PreTrainedTokenizerFast, prefix_lengths: list[int] | None = None
 ) -> list[dict]:
     """Training rows without states: prompts, how many tokens of each others share, outputs with their EOS."""
-    prefixes = prefixes or [[]] * len(prompts)
-    encoded = zip(tokenizer(prompts)["input_ids"], prefixes, tokenizer(outputs)["input_ids"], strict=True)
+    shared = prefix_lengths or [0] * len(prompts)
+    encoded = zip(tokenizer(prompts)["input_ids"], shared, tokenizer(outputs)["input_ids"], strict=True)
     return [
-        {"prompt_ids": prompt, "prefix_length": len(prefix), "output_ids": output + [tokenizer.eos_token_id]}
-        for prompt, prefix, output in encoded
+        {"prompt_ids": prompt, "prefix_length": length, "output_ids": output + [tokenizer.eos_token_id]}
+        for prompt, length, output in encoded
     ]

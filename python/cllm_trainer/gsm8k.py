@@ -36,7 +36,7 @@ def build_target(data: str | Path, output_dir: str | Path) -> dict:
     prompts, answers = task.prompts(), [row["answer"] for row in task.rows]
     tokenizer = make_tokenizer((*prompts, *answers), VOCABULARY, digits=True)
     notes = {"data": {"source": "GSM8K train.jsonl (MIT)", "training_questions": len(prompts)}}
-    rows = encode(prompts, answers, None, tokenizer)
+    rows = encode(prompts, answers, tokenizer)
     model = make_model(tokenizer, TARGET_CONFIG.seed)
     notes["copying"] = learn_to_copy(model, tokenizer)
     return train(model, tokenizer, rows, output_dir, TARGET_CONFIG, notes)
@@ -49,6 +49,7 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
     prompts = prompts_of(tokenizer, GSM8K(Path(data) / "train.jsonl").prompts())
     Path(work).mkdir(parents=True, exist_ok=True)
     path = Path(work) / "training.jsonl"
-    summary = collect(model, tokenizer, prompts, path, JacobiConfig(block_size=BLOCK_SIZE), max_new_tokens=MAX_NEW_TOKENS)
+    config = JacobiConfig(block_size=BLOCK_SIZE)
+    summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
     notes = {"start": Path(target).name, "block_size": BLOCK_SIZE, "trajectories": summary}
     return train(model, tokenizer, read_rows(path), output_dir, CLLM_CONFIG, notes)

@@ -224,11 +224,11 @@ def _pieces(question: str) -> set[str]:
 
 
 def show_examples(questions: list[dict], pool: list[dict], count: int = EXAMPLES) -> list[dict]:
-    """The questions with ``count`` examples of ``pool`` each, which :func:`cllm_kernels.spider.prompt_for` shows: those of
-    the same database (or of all, where it has none) that are most alike, the most alike last.
+    """The questions with ``count`` examples of ``pool`` each, which :func:`cllm_kernels.spider.prompt_for` shows: those
+    of the same database (or of all, where it has none) that are most alike, the most alike last.
 
-    Likeness is the cosine between TF-IDF vectors of the pieces of words (character n-grams). A question is no example of itself, no two examples of one question
-    have the same query, and fewer are shown where there are no more.
+    Likeness is the cosine between TF-IDF vectors of the pieces of words (character n-grams). A question is no example of
+    itself, no two examples of one question have the same query, and fewer are shown where there are no more.
     """
     pieces = [_pieces(row["question"]) for row in pool]
     rows_with = collections.Counter(itertools.chain(*pieces))
@@ -255,8 +255,8 @@ def show_examples(questions: list[dict], pool: list[dict], count: int = EXAMPLES
     return shown
 
 
-def _queries_shown(row: dict) -> list[str]:
-    return [canonical_sql(query) for _, query in row["examples"]]
+def _shows_its_query(row: dict) -> bool:
+    return canonical_sql(row["query"]) in [canonical_sql(query) for _, query in row["examples"]]
 
 
 def encipher(rows: list[dict], vocabulary: int, copies: int, seed: int = 0) -> list[dict]:
@@ -268,7 +268,7 @@ def encipher(rows: list[dict], vocabulary: int, copies: int, seed: int = 0) -> l
     rng = random.Random(seed)
     found = collections.Counter(token for row in rows for token in set(row["output_ids"]))
     kept = {token for token, count in found.items() if count > COMMON * len(rows)}
-    kept |= {token for row in rows[:1] for token in row["prompt_ids"][-1:]}  # the end of a line
+    kept |= {row["prompt_ids"][-1] for row in rows}  # the end of a line
     others = [token for token in range(2, vocabulary) if token not in kept]
     enciphered = []
     for row in rows * copies:
@@ -321,12 +321,13 @@ def tokenizer_for(questions: list[dict]) -> PreTrainedTokenizerFast:
 def encode(questions: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
     """Training rows without states, with canonical queries."""
     prompts, queries = [prompt_for(row) for row in questions], [canonical_sql(row["query"]) for row in questions]
-    return from_scratch.encode(prompts, queries, prefixes_of(tokenizer, questions), tokenizer)
+    return from_scratch.encode(prompts, queries, tokenizer, prefix_lengths(questions, tokenizer))
 
 
-def prefixes_of(tokenizer: PreTrainedTokenizerBase, questions: list[dict]) -> list[list[int]]:
-    """The tokens of the schema that each prompt begins with; none where it shows no schema."""
-    return tokenizer([prompt_prefix(row) if "schema" in row else "" for row in questions])["input_ids"]
+def prefix_lengths(questions: list[dict], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """How many tokens of each prompt are those of its schema; none where it shows no schema."""
+    prefixes = [prompt_prefix(row) if "schema" in row else "" for row in questions]
+    return list(map(len, tokenizer(prefixes)["input_ids"]))
 
 
 def load(data: str | Path, schema: bool = False) -> tuple[list[dict], list[dict], list[dict]]:
@@ -359,17 +360,19 @@ def build_target(data: str | Path, output_dir: str | Path, schema: bool = False)
     """
     training, held_out, schemas = load(data, schema)
     synthetic = synthesize(schemas, SYNTHETIC)
-    rng, bare, more = random.Random(0), 0.0 if schema else BARE, []
+    synthetic = show_schemas(synthetic, schemas) if schema else show_examples(synthetic, training)
+    questions, more = training + synthetic, []
+    tokenizer = tokenizer_for(questions)
     if schema:
-        synthetic = show_schemas(synthetic, schemas)
+        config = SCHEMA_CONFIG
         invented = invent_schemas(schemas, INVENTED // TOGETHER)
         more = mix_schemas(training, schemas) + show_schemas(synthesize(invented, INVENTED, seed=1), invented)
+        rows = encode(questions + more, tokenizer)
     else:
-        synthetic = show_examples(synthetic, training)
-    questions = [
-        {key: row[key] for key in row if key != "examples" or rng.random() >= bare} for row in training + synthetic
-    ]
-    tokenizer = tokenizer_for(training + synthetic)
+        config, rng = TARGET_CONFIG, random.Random(0)
+        some_bare = [{key: row[key] for key in row if key != "examples" or rng.random() >= BARE} for row in questions]
+        shown = encode([row for row in training if _shows_its_query(row)], tokenizer)
+        rows = PASSES * encode(some_bare, tokenizer) + encipher(shown, len(tokenizer), CIPHERS)
     notes = {
         "data": {
             "source": "Spider 1.0 train.jsonl (CC BY-SA 4.0)",
@@ -383,11 +386,6 @@ def build_target(data: str | Path, output_dir: str | Path, schema: bool = False)
             "ciphers": 0 if schema else CIPHERS,
         }
     }
-    rows, config = encode(questions + more, tokenizer), SCHEMA_CONFIG
-    if not schema:
-        shown = [row for row in training if canonical_sql(row["query"]) in _queries_shown(row)]
-        rows = PASSES * rows + encipher(encode(shown, tokenizer), len(tokenizer), CIPHERS)
-        config = TARGET_CONFIG
     model = make_model(tokenizer, config.seed)
     notes["copying"] = learn_to_copy(model, tokenizer)
     return train(model, tokenizer, rows, output_dir, config, notes)
@@ -404,7 +402,7 @@ def collect_answers(
     questions, path = training + cross(training, CROSSED), Path(work) / "answers.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
-    shared = [len(prefix) for prefix in prefixes_of(tokenizer, questions)]
+    shared = prefix_lengths(questions, tokenizer)
     # Only the answers are wanted, and blocks of 2 come to them at the least cost.
     config = JacobiConfig(block_size=2)
     summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared)
@@ -463,6 +461,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
     seen = {(row["db_id"], canonical_sql(row["query"])) for row in training}
     kinds = [(row["db_id"], canonical_sql(row["query"])) in seen for row in held_out]
+    query_shown = {} if schema else {"query_shown": sum(map(_shows_its_query, held_out)) / len(held_out)}
     paths = {name: models / f"spider-{name}" for name in ("target", "cllm")}
     rows = compare_models(paths, held_out, BLOCK_SIZE, MAX_NEW_TOKENS, progress=tqdm_of)
     for row in rows:
@@ -470,8 +469,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
         for key, wanted in (("exact_match_seen_query", True), ("exact_match_new_query", False)):
             flags = [flag for flag, kind in zip(correct, kinds, strict=True) if kind == wanted]
             row[key] = sum(flags) / len(flags)
-        if not schema:
-            row["query_shown"] = sum(canonical_sql(own["query"]) in _queries_shown(own) for own in held_out) / len(held_out)
+        row |= query_shown
     for name, path in paths.items():
         own = [row for row in rows if row["model"] == name]
         (path / "evaluation.json").write_text(json.dumps(own, indent=1) + "\n")

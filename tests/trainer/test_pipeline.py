@@ -203,7 +203,7 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
     }  # fmt: skip
 
 
-def test_the_first_layer_looks_at_the_token_before(monkeypatch):
+def test_the_first_layer_looks_at_the_token_before():
     """What make_model sets, and that the rows of the first training can be copied."""
     tokenizer = spider.tokenizer_for(spider.synthesize([SCHEMA], 20))
     model = from_scratch.make_model(tokenizer)
