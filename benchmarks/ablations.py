@@ -61,8 +61,6 @@ def run(name: str, questions: int, prompts: int) -> dict:
     row = {"variant": name, "commands": commands(name, questions, prompts)}
     for command in row["commands"]:
         words = shlex.split(command)
-        if words[1] == "collect" and Path(words[words.index("--output") + 1]).exists():
-            continue  # another variant's, with the same command
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-m", "cllm_trainer", *words[1:]], check=True, stdout=subprocess.DEVNULL)
         row[f"{words[1]}_seconds"] = round(time.perf_counter() - begin, 1)

@@ -40,7 +40,7 @@ def collect(
     Rows come in order of prompt length, since prompts of a length share a batch. ``output`` appears when all of
     them are written; until then they are in ``output`` with ``.part`` behind it, where the same call goes on after an
     interruption at any moment. Each row depends on its prompt and number alone, so the file is the same as without
-    the interruption. Outputs that run into repetition are marked ``degenerate``, counted, and kept: whoever trains
+    the interruption. Where ``output`` holds all rows of the same call already, nothing is decoded. Outputs that run into repetition are marked ``degenerate``, counted, and kept: whoever trains
     leaves them out (:func:`without_degenerate`).
 
     Args:
@@ -71,10 +71,15 @@ def collect(
             f"the tokenizer has {len(tokenizer)} tokens, the model {model.config.vocab_size}; they do not belong "
             "together"
         )
-    generator = JacobiGenerator(model, config)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     common = {"block_size": config.block_size, "mode": config.mode, "tokenizer": fingerprint(tokenizer)}
-    common["run"] = _run_id(model, prompts, config, max_new_tokens, augment, sampling, truths, common["tokenizer"])
+    common["run"] = _run_id(
+        model, prompts, config, max_new_tokens, augment, sampling, truths, prefix_lengths, common["tokenizer"]
+    )
+    found = _rows_of(Path(output), common["run"], order)
+    if found and found[0]["prompts"] == len(order):
+        return _summary(found[0])
+    generator = JacobiGenerator(model, config)
     temporary = Path(f"{output}.part")
     counts = _resume(temporary, common["run"], order)
     options = {"do_sample": True, **sampling} if sampling else {"do_sample": False}
@@ -122,6 +127,10 @@ def collect(
             bar.update(len(batch))
             bar.set_postfix_str(f"{counts['tokens'] / counts['iterations']:.2f} tokens/forward")
     os.replace(temporary, output)
+    return _summary(counts)
+
+
+def _summary(counts: dict) -> dict:
     iterations = counts.pop("iterations")
     return {**counts, "tokens_per_forward": counts["tokens"] / iterations}
 
@@ -132,12 +141,14 @@ def _row_seed(seed: int, number: int) -> int:
 
 def _run_id(
     model: PreTrainedModel, prompts: list, config: JacobiConfig, max_new_tokens: int, augment: bool,
-    sampling: dict | None, truths: list | None, tokenizer: str,
+    sampling: dict | None, truths: list | None, prefix_lengths: list | None, tokenizer: str,
 ) -> str:  # fmt: skip
     """16 hex digits of everything that the rows depend on; of the weights a checksum stands in."""
     weights = [float(parameter.detach().double().abs().sum()) for parameter in model.parameters()]
     settings = dataclasses.asdict(dataclasses.replace(config, backend="auto"))
-    text = json.dumps([weights, prompts, settings, max_new_tokens, augment, sampling, truths, tokenizer])
+    text = json.dumps(
+        [weights, prompts, settings, max_new_tokens, augment, sampling, truths, prefix_lengths, tokenizer]
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -149,26 +160,38 @@ def _count(counts: dict, row: dict) -> None:
     counts["degenerate"] += row["degenerate"]
 
 
-def _resume(temporary: Path, run: str, order: list[int]) -> dict:
-    """What an interrupted run left, counted; the line it was cut in is taken away."""
+def _rows_of(path: Path, run: str, order: list[int]) -> tuple[dict, int] | None:
+    """What a file holds of this run, counted, and the bytes of its whole lines; None if it has others' rows."""
     counts = dict.fromkeys(("prompts", "tokens", "iterations", "unfinished", "degenerate"), 0)
-    if not temporary.exists():
-        return counts
     whole = 0
-    with temporary.open("rb") as file:
+    if not path.exists():
+        return counts, whole
+    with path.open("rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
                 break
-            row = json.loads(line)
+            try:
+                row = json.loads(line)
+            except ValueError:
+                return None
             number = counts["prompts"]
-            if row.get("run") != run or number >= len(order) or row.get("id") != order[number]:
-                raise ValueError(
-                    f"{temporary} was left by a run with another model, other prompts or settings; "
-                    "finish that run or remove the file"
-                )
+            if not isinstance(row, dict) or row.get("run") != run or number >= len(order) or row.get("id") != order[number]:
+                return None
             _count(counts, row)
             whole += len(line)
-    os.truncate(temporary, whole)
+    return counts, whole
+
+
+def _resume(temporary: Path, run: str, order: list[int]) -> dict:
+    """What an interrupted run left, counted; the line it was cut in is taken away."""
+    found = _rows_of(temporary, run, order)
+    if found is None:
+        raise ValueError(
+            f"{temporary} was left by a run with another model, other prompts or settings; finish that run or remove the file"
+        )
+    counts, whole = found
+    if temporary.exists():
+        os.truncate(temporary, whole)
     return counts
 
 

@@ -35,12 +35,14 @@ from .set_match import schema_of, tokenize
 from .train import train
 
 _WORD = re.compile(r"[a-z]+|\d+")
+_IDENTIFIER = re.compile(r"'(?:[^']|'')*'|\w+")  # a literal, lest a word inside one be taken for a name, or a name
 _PIECES = 3, 4  # characters of the pieces of words that likeness counts, as in singer, singers and singing
 HELD_OUT = 0.05
 EXAMPLES = 1
 VOCABULARY = 1024
 SYNTHETIC = 3000
 INVENTED = 4000  # questions on schemas that there are not, for targets with the schema in the prompt
+RENAMED = 2  # times that each question comes on mixed schemas with other names, for these targets too
 TOGETHER = 8  # questions of one database that a batch takes together
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
@@ -284,15 +286,21 @@ def show_schemas(questions: list[dict], schemas: list[dict]) -> list[dict]:
     return [row | {"schema": texts[row["db_id"]]} for row in questions]
 
 
-def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> list[dict]:
+def mix_schemas(questions: list[dict], schemas: list[dict], renamed: bool = False, seed: int = 0) -> list[dict]:
     """The questions on other schemas: the tables that their queries name, among tables of other databases.
 
     Up to ``TOGETHER`` questions of one database share a schema. Tables and columns come in random order, so that a
-    model has to look where a name stands instead of learning each database by heart.
+    model has to look where a name stands instead of learning each database by heart. With ``renamed``, tables and
+    columns that the questions name have the names of others besides, in questions, queries and schema.
     """
     rng = random.Random(seed)
     tables = {entry["db_id"]: schema_of(entry).columns for entry in schemas}
     others = [item for own in tables.values() for item in own.items() if item[1]]
+    names = {entry["db_id"]: _names(entry) for entry in schemas}
+    pool: dict[str, list[tuple[str, str]]] = {}
+    for own in names.values():
+        for sql, (in_words, kind) in own.items():
+            pool.setdefault(kind, []).append((sql, in_words))
     of_database: dict[str, list[dict]] = {}
     for row in rng.sample(questions, len(questions)):
         of_database.setdefault(row["db_id"], []).append(row)
@@ -302,6 +310,9 @@ def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> li
             bundle = rows[first : first + TOGETHER]
             words = {word for row in bundle for word in tokenize(row["query"])}
             chosen = {table: columns for table, columns in tables[name].items() if table in words}
+            if renamed:
+                bundle, new = _rename(bundle, names[name], pool, rng)
+                chosen = {new.get(table, table): [new.get(c, c) for c in chosen[table]] for table in chosen}
             for table, columns in rng.sample(others, min(rng.randint(1, 3), len(others))):
                 chosen.setdefault(table, columns)
             order = rng.sample(sorted(chosen), len(chosen))
@@ -309,6 +320,49 @@ def mix_schemas(questions: list[dict], schemas: list[dict], seed: int = 0) -> li
             shown = {"db_id": rng.choice((name, "db")), "schema": schema}
             mixed += [row | shown for row in bundle]
     return mixed
+
+
+def _names(entry: dict) -> dict[str, tuple[str, str]]:
+    """What tables and columns of a database are called in SQL: what in words, and what they are."""
+    columns = zip(entry["column_names_original"], entry["column_names"], entry["column_types"], strict=True)
+    names = {name: (words, kind) for (table, name), (_, words), kind in columns if table >= 0}
+    tables = zip(entry["table_names_original"], entry["table_names"], strict=True)
+    names |= {name: (words, "table") for name, words in tables}
+    return {name.lower(): (words.lower(), kind) for name, (words, kind) in names.items() if name.isidentifier()}
+
+
+def _singular(words: str) -> str:
+    return words if words.endswith(("ss", "us")) else words.removesuffix("s")
+
+
+def _rename(
+    rows: list[dict], names: dict[str, tuple[str, str]], pool: dict[str, list[tuple[str, str]]], rng: random.Random
+) -> tuple[list[dict], dict[str, str]]:
+    """The rows with other names of the same kind for what the questions name in words, and the new name in SQL for each
+    old one. What stands in a literal too keeps its name."""
+    text = "\n".join(row["question"].lower() for row in rows)
+    literals = "\n".join(token.lower() for row in rows for token in tokenize(row["query"]) if token[0] == "'")
+    in_sql, in_words = {}, {}
+    for name, (words, kind) in names.items():
+        stem = _singular(words)
+        if stem not in in_words and stem not in literals and re.search(rf"\b{re.escape(stem)}(?:e?s)?\b", text):
+            new, new_words = rng.choice(pool[kind])
+            if new not in names and new not in in_sql.values():
+                in_sql[name], in_words[stem] = new, _singular(new_words)
+    if not in_sql:
+        return rows, {}
+    longest_first = "|".join(map(re.escape, sorted(in_words, key=len, reverse=True)))
+    mention = re.compile(rf"\b({longest_first})(e?s)?\b", re.IGNORECASE)
+
+    def in_question(match: re.Match) -> str:
+        words = in_words[match[1].lower()]
+        return words + "s" if match[2] and words[-1] != "s" else words
+
+    renamed = []
+    for row in rows:
+        query = _IDENTIFIER.sub(lambda match: in_sql.get(match[0], match[0]), canonical_sql(row["query"]))
+        renamed.append(row | {"question": mention.sub(in_question, row["question"]), "query": query})
+    return renamed, in_sql
 
 
 def tokenizer_for(questions: list[dict]) -> PreTrainedTokenizerFast:
@@ -355,8 +409,8 @@ def shows_schemas(target: str | Path) -> bool:
 def build_target(data: str | Path, output_dir: str | Path, schema: bool = False) -> dict:
     """Trains the target from scratch on copying, then on real and synthetic questions; returns its training record.
 
-    With ``schema`` the prompts show the schema instead of examples, and the real questions come a second time on mixed
-    schemas (:func:`mix_schemas`), beside synthetic ones on invented schemas.
+    With ``schema`` the prompts show the schema instead of examples, and the real questions come again on mixed schemas,
+    with the names that they have and with others (:func:`mix_schemas`), beside synthetic ones on invented schemas.
     """
     training, held_out, schemas = load(data, schema)
     synthetic = synthesize(schemas, SYNTHETIC)
@@ -366,7 +420,9 @@ def build_target(data: str | Path, output_dir: str | Path, schema: bool = False)
     if schema:
         config = SCHEMA_CONFIG
         invented = invent_schemas(schemas, INVENTED // TOGETHER)
-        more = mix_schemas(training, schemas) + show_schemas(synthesize(invented, INVENTED, seed=1), invented)
+        more = show_schemas(synthesize(invented, INVENTED, seed=1), invented)
+        for seed in range(1 + RENAMED):
+            more += mix_schemas(training, schemas, renamed=seed > 0, seed=seed)
         rows = encode(questions + more, tokenizer)
     else:
         config, rng = TARGET_CONFIG, random.Random(0)

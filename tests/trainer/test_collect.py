@@ -70,6 +70,23 @@ def test_an_interrupted_run_goes_on_to_the_same_file(model, prompts, tmp_path, m
     assert resumed == whole
 
 
+def test_what_is_there_is_not_collected_again(model, prompts, tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    first = run(model, prompts, path)
+    whole = path.read_bytes()
+    run(model, prompts, path, max_new_tokens=10)  # another run's file gives way
+    shorter = path.read_bytes()
+    assert shorter != whole
+    path.write_bytes(whole[:-1])  # as does one whose end is missing, or that is no such file
+    assert run(model, prompts, path) == first and path.read_bytes() == whole
+    path.write_bytes(b"other\n")
+    run(model, prompts, path)
+    assert path.read_bytes() == whole
+    monkeypatch.setattr(collecting, "JacobiGenerator", None)  # nothing more can be decoded
+    assert run(model, prompts, path) == first and path.read_bytes() == whole
+    assert not (tmp_path / "rows.jsonl.part").exists()
+
+
 def test_rows_do_not_depend_on_the_batch(model, prompts, tmp_path):
     for name, size in (("a", 3), ("b", 11)):
         run(model, prompts, tmp_path / name, batch_size=size, sampling={"temperature": 1.5, "top_k": 0})

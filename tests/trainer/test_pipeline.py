@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -156,6 +157,38 @@ def test_schemas_that_are_mixed_and_invented():
     for row in spider.show_schemas(spider.synthesize(invented, 100), invented):
         table = row["query"].split(" from ")[1].split()[0]
         assert f"{table} : " in row["schema"]
+
+
+def test_schemas_whose_tables_and_columns_have_other_names():
+    """A question, its query and its schema name the same, and no literal changes."""
+    other = SCHEMA | {
+        "db_id": "zoo",
+        "table_names": ["cage", "visitors"],
+        "table_names_original": ["Cage", "Visitor"],
+        "column_names": [[-1, "*"], [0, "floor"], [0, "keeper"], [0, "size"], [1, "hour"], [1, "weight"], [1, "fee"]],
+        "column_names_original": [
+            [-1, "*"], [0, "Floor"], [0, "Keeper"], [0, "Size_m2"], [1, "Hour"], [1, "Weight"], [1, "Fee"],
+        ],
+    }  # fmt: skip
+    words = {"cage": "cage", "visitor": "visitor", "keeper": "keeper"}
+    words |= {"floor": "floor", "size_m2": "size", "hour": "hour", "weight": "weight", "fee": "fee"}
+    questions = spider.synthesize([SCHEMA], 200) + [
+        {"db_id": "shop", "question": "What are the full names of customers who paid the Age price?",
+         "query": "SELECT Full_Name FROM Customer WHERE Price = 'Age' OR Full_Name = 'customer'"}
+    ]  # fmt: skip
+    renamed = spider.mix_schemas(questions, [SCHEMA, other], renamed=True)
+    assert renamed == spider.mix_schemas(questions, [SCHEMA, other], renamed=True) and len(renamed) == len(questions)
+    changed = 0
+    for row in renamed:
+        shown = set(re.split(r" \| | : |, ", row["schema"]))
+        names = {name.split(".")[-1] for name in spider.tokenize(row["query"])}
+        assert names & (words.keys() | {"customer", "order_item", "age", "price", "full_name", "id"}) <= shown
+        changed += bool(names & words.keys())
+        selected = set(re.findall(r"\w+", row["query"].split(" from ")[0]))  # keys of joins are in no question
+        assert all(words[name] in row["question"] for name in selected & words.keys())
+    assert changed > 150
+    (literal,) = (row for row in renamed if "'Age'" in row["query"])
+    assert literal["query"].endswith(" = 'Age' or full_name = 'customer'") and "Age" in literal["question"]
 
 
 @pytest.mark.parametrize("schema", [False, True])
