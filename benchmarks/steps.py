@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaCo
 
 from cllm_kernels import JacobiConfig, backends, optimize
 from cllm_kernels.comparison import device_name
-from cllm_kernels.decoding import JacobiCache, Processing, Session
+from cllm_kernels.decoding import CACHE_NAME, JacobiCache, Processing, Session
 from cllm_kernels.decoding.session import Poll, capture, make_step, on_graph_stream
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
 from cllm_kernels.ops import JacobiState, lm_head_argmax
@@ -98,7 +98,7 @@ def hf_step(cache, forward, batch: int, length: int, device: torch.device):
     def step():
         nonlocal at
         positions = torch.full((batch, 1), at, device=device)
-        logits = forward(input_ids=token, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        logits = forward(input_ids=token, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}).logits
         token.copy_(logits[:, -1].float().argmax(-1, keepdim=True))
         at += 1
         token.tolist()
@@ -124,7 +124,7 @@ def our_session(
 
     def forward(tokens, positions, keep):
         return call(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
         ).logits
 
     return Session(forward, state, bounds, cache=cache)
@@ -244,7 +244,7 @@ def prediction_way(model, session: Session, width: int, setup) -> Way:
 
     def predict() -> None:
         outputs = model.get_decoder()(
-            input_ids=session.state.window, attention_mask=as_mask(session.bounds), past_key_values=session.cache,
+            input_ids=session.state.window, attention_mask=as_mask(session.bounds), **{CACHE_NAME: session.cache},
             position_ids=session.window_positions(width), use_cache=True,
         )  # fmt: skip
         lm_head_argmax(outputs.last_hidden_state, weight)[0].tolist()

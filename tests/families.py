@@ -89,7 +89,8 @@ EXACT = {
     "Falcon": ("FalconConfig", {k: v for k, v in _NO_GQA.items() if k != "intermediate_size"}, "one KV head"),
     "GPT-J": ("GPTJConfig", _GPT2 | dict(rotary_dim=8), ""),
 }  # fmt: skip
-NATIVE = {"CodeGen", "Falcon", "GPT-J"}
+# Families that run with their own attention, before which release of transformers; None: with all that are known.
+NATIVE = {"CodeGen": "5.24", "Falcon": None, "GPT-J": "5.24"}
 REFUSED = {
     "BLOOM": ("BloomConfig", _TOKENS | dict(hidden_size=64, n_layer=2, n_head=4), ""),
     "Falcon with ALiBi": (

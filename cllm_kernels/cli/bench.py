@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
 from ..comparison import device_name, load_model, take_turns
-from ..decoding import JacobiConfig, JacobiStatistics
+from ..decoding import CACHE_NAME, JacobiConfig, JacobiStatistics
 from ..integrations.generate import JacobiGenerator
 from ..spider import exact_match, is_degenerate, prompt_for
 
@@ -65,8 +65,8 @@ def _hf_compiled(model: PreTrainedModel, max_new_tokens: int) -> Run:
         cache.reset()
         return (
             model.generate(
-                **inputs, do_sample=False, max_new_tokens=max_new_tokens, past_key_values=cache,
-                compile_config=compile_config,
+                **inputs, do_sample=False, max_new_tokens=max_new_tokens, compile_config=compile_config,
+                **{CACHE_NAME: cache},
             ),
             None,
         )  # fmt: skip

@@ -1,7 +1,7 @@
 """Jacobi decoding: configuration, cache, loop, statistics."""
 
 from .adaptive import AdaptiveChoice
-from .cache import JacobiCache
+from .cache import CACHE_NAME, JacobiCache
 from .config import JacobiConfig
 from .loop import Decoded, decode
 from .processing import Processing, Stopping, is_stateful
@@ -9,6 +9,7 @@ from .session import Forward, Session
 from .statistics import JacobiStatistics, RowStatistics
 
 __all__ = [
+    "CACHE_NAME",
     "AdaptiveChoice",
     "Decoded",
     "Forward",

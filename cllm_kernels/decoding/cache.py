@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..ops import append_kv_
+
+# The cache among a model's arguments and outputs. Transformers 5.24 gave it this name; the old one is to go in 5.40.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class JacobiCache(Cache):

@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..backends import resolve
 from ..decoding import (
+    CACHE_NAME,
     Forward,
     JacobiCache,
     JacobiConfig,
@@ -62,6 +63,7 @@ _OWN_CRITERIA = (MaxLengthCriteria, EosTokenCriteria)
 _REFUSED_ARGUMENTS = (
     "assistant_model",
     "assistant_tokenizer",
+    "cache",
     "custom_generate",
     "inputs_embeds",
     "negative_prompt_attention_mask",
@@ -448,14 +450,14 @@ def _check_inputs(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         raise ValueError(f"the prompt has shape {tuple(input_ids.shape)}; every row needs at least one token")
     mask = model_kwargs.pop("attention_mask", None)
     positions = model_kwargs.pop("position_ids", None)
-    cache = model_kwargs.pop("past_key_values", None)
+    cache = model_kwargs.pop(CACHE_NAME, None)
     for name in ("use_cache", "logits_to_keep"):
         model_kwargs.pop(name, None)
     others = [name for name, value in model_kwargs.items() if value is not None]
     if others:
         raise NotImplementedError(f"model inputs that Jacobi decoding does not support: {', '.join(sorted(others))}")
     if cache is not None and cache.get_seq_length() > 0:
-        raise NotImplementedError("Jacobi decoding starts from an empty cache; past_key_values is not supported")
+        raise NotImplementedError(f"Jacobi decoding starts from an empty cache; {CACHE_NAME} is not supported")
     if mask is None:
         mask = torch.ones_like(input_ids)
     _check_mask_shape(mask, input_ids)
@@ -612,8 +614,8 @@ def window_forward(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{CACHE_NAME: cache},
             **options,
         )
         return outputs.logits[:, -keep:]

@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..backends import resolve
-from ..decoding import JacobiCache
+from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, window_linear, window_mlp, window_qkv
 from ..ops.window_linear import DTYPES, LAYER_ROWS, fast_rows
 from .attention import from_mask, submodules
@@ -163,30 +163,31 @@ def _swapped_layer(layer: nn.Module) -> Callable:
 
     def forward(
         hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        position_embeddings=None, keep=None, **kwargs,
+        position_embeddings=None, keep=None, cache=None, **kwargs,
     ):  # fmt: skip
+        cache = past_key_values if cache is None else cache
         if (
-            type(past_key_values) is not JacobiCache
+            type(cache) is not JacobiCache
             or hidden_states.dtype != query["weight"].dtype
             or hidden_states.shape[0] * hidden_states.shape[1] > rows
             or torch.is_grad_enabled()
             or torch.is_autocast_enabled("cpu")
         ):
             return before(
-                hidden_states, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **kwargs,
+                hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+                position_embeddings=position_embeddings, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
         cos, sin = position_embeddings
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
         q, k, v = _in_parts(into_heads, hidden_states, cos, sin)
-        keys, values = past_key_values.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
+        keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
         lengths, starts, branch = from_mask(attention_mask)
         if keep is not None:
             lengths = lengths + (q.shape[1] - keep)
             q, hidden_states = q[:, -keep:], hidden_states[:, -keep:]
         attended, _ = block_attention(
-            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, past_key_values.backend
+            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, cache.backend
         )
         (hidden_states,) = _in_parts(out_of_heads, hidden_states, attended.flatten(2))
         return hidden_states
@@ -228,25 +229,26 @@ def _swapped_decoder(model: nn.Module) -> Callable:
 
     def forward(
         input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
-        **kwargs,
+        cache=None, **kwargs,
     ):  # fmt: skip
-        if type(past_key_values) is not JacobiCache or input_ids is None or position_ids is None or kwargs:
+        cache = past_key_values if cache is None else cache
+        if type(cache) is not JacobiCache or input_ids is None or position_ids is None or kwargs:
             return before(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                past_key_values=past_key_values, inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+                inputs_embeds=inputs_embeds, use_cache=use_cache, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
         hidden = model.embed_tokens(input_ids)
         options = dict(
-            attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values, use_cache=use_cache,
-            position_embeddings=model.rotary_emb(hidden, position_ids=position_ids),
+            attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+            position_embeddings=model.rotary_emb(hidden, position_ids=position_ids), **{CACHE_NAME: cache},
         )  # fmt: skip
         for layer in layers:
             hidden = layer(hidden, **options)
-        keep = past_key_values.keep
+        keep = cache.keep
         if keep is not None and keep < hidden.shape[1] and not any(map(_has_hooks, (model, last, model.norm))):
             options["keep"] = keep
         hidden = last(hidden, **options)
-        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), **{CACHE_NAME: cache})
 
     return forward
 

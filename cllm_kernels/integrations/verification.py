@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..backends import resolve
-from ..decoding import JacobiConfig, Processing, is_stateful
+from ..decoding import CACHE_NAME, JacobiConfig, Processing, is_stateful
 from ..ops import JacobiState
 from ..ops.philox import gumbel, noise_words
 from .attention import block_attention_enabled
@@ -321,8 +321,8 @@ class _Run:
             input_ids=self.sequences[:, first:last],
             attention_mask=self.mask[:, :last],
             position_ids=self.positions[:, first:last],
-            past_key_values=cache,
             use_cache=cache is not None,
+            **{CACHE_NAME: cache},
             **options,
         ).logits[:, -keep:]
 

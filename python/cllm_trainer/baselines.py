@@ -19,6 +19,8 @@ from torch import nn
 from tqdm import trange
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from cllm_kernels.decoding import CACHE_NAME
+
 from .losses import divergence
 from .packing import IGNORE, TrajectoryDataset, collate
 
@@ -196,7 +198,7 @@ def medusa_generate(
     cache, tokens, forwards = DynamicCache(config=model.config), [], 0
     window, known = input_ids, 0
     while True:
-        hidden = decoder(window, past_key_values=cache, use_cache=True).last_hidden_state[0]
+        hidden = decoder(window, use_cache=True, **{CACHE_NAME: cache}).last_hidden_state[0]
         forwards += 1
         guesses = window[0, known:] if tokens else window[0, :0]
         start = window.shape[1] - 1 - len(guesses)

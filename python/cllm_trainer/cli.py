@@ -166,9 +166,9 @@ def rounds(
 @app.command()
 def evaluate(
     target: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
-    cllm: Annotated[Path, typer.Option(help="Checkpoint of the CLLM.")],
     questions: Annotated[Path, typer.Option(help="JSONL of the task, such as Spider's dev.jsonl.")],
     output: Annotated[Path, typer.Option(help="The rows go here, as JSON, and the tables beside it, as Markdown.")],
+    cllm: Annotated[Path | None, typer.Option(help="Checkpoint of the CLLM; the target alone without.")] = None,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "spider",
     schemas: Annotated[
         Path | None, typer.Option(help="Spider's tables.json, for the script's set match and to execute queries.")
@@ -182,38 +182,37 @@ def evaluate(
         Path | None, typer.Option(help="Adds speculative decoding with this draft (cllm-train draft).")
     ] = None,
     medusa: Annotated[Path | None, typer.Option(help="Adds these heads (cllm-train medusa).")] = None,
-    plots: Annotated[bool, typer.Option(help="Draws the training, and a trajectory of the CLLM.")] = False,
+    plots: Annotated[bool, typer.Option(help="Draws the training, and a trajectory, of the last model.")] = False,
 ) -> None:
     """Compares a target and its CLLM on a task: quality, tokens per forward, speed, against AR and baselines."""
     loaded = load_task(task, questions, limit, schemas)
-    rows = _evaluate(
-        {"target": target, "cllm": cllm}, loaded, block_size, max_new_tokens, rounds, lookup, draft, medusa
-    )  # fmt: skip
+    models = {"target": target} | ({"cllm": cllm} if cllm else {})
+    rows = _evaluate(models, loaded, block_size, max_new_tokens, rounds, lookup, draft, medusa)
     write_report(rows, loaded, output)
     if plots:
-        _plot(cllm, loaded.prompts()[0], output, block_size, max_new_tokens)
+        _plot(cllm or target, loaded.prompts()[0], output, block_size, max_new_tokens)
     typer.echo(tables(rows, loaded))
 
 
-def _plot(cllm: Path, prompt: str, output: Path, block_size: int, max_new_tokens: int) -> None:
+def _plot(path: Path, prompt: str, output: Path, block_size: int, max_new_tokens: int) -> None:
     from .plots import plot_training, plot_trajectory
 
-    record = cllm / "training_record.json"
+    record = path / "training_record.json"
     if record.exists():
         plot_training(json.loads(record.read_text()), output.with_name(f"{output.stem}_training.png"))
-    model, tokenizer = load_model(cllm)
+    model, tokenizer = load_model(path)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "row.jsonl"
+        row = Path(folder) / "row.jsonl"
         _collect(
             model,
             tokenizer,
             prompts_of(tokenizer, [prompt]),
-            path,
+            row,
             JacobiConfig(block_size=block_size),
             1,
             max_new_tokens,
         )
-        plot_trajectory(read_rows(path)[0], output.with_name(f"{output.stem}_trajectory.png"))
+        plot_trajectory(read_rows(row)[0], output.with_name(f"{output.stem}_trajectory.png"))
 
 
 @app.command()

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
+from cllm_kernels.decoding import CACHE_NAME
+
 from .packing import IGNORE, additive_mask, dense_mask, mask_mod, prefixed_mask
 
 DIVERGENCES = ("forward", "reverse", "jsd")
@@ -251,7 +253,7 @@ def hidden_states(model: PreTrainedModel, batch: dict[str, torch.Tensor], width:
     cache, prefix, before = None, None, 0
     if "prefix_ids" in batch:
         cache, before = DynamicCache(config=model.config), batch["prefix_ids"].shape[1]
-        decoder(batch["prefix_ids"], past_key_values=cache, use_cache=True)
+        decoder(batch["prefix_ids"], use_cache=True, **{CACHE_NAME: cache})
         for layer in cache.layers:
             layer.keys, layer.values = layer.keys[batch["prefix_of"]], layer.values[batch["prefix_of"]]
         prefix = batch["prefix_lengths"][batch["prefix_of"]]
@@ -267,7 +269,7 @@ def hidden_states(model: PreTrainedModel, batch: dict[str, torch.Tensor], width:
             mask = prefixed_mask(mask, batch["prefix_lengths"], batch["prefix_of"])
         mask = additive_mask(mask, model.dtype)
     return decoder(
-        **inputs, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        **inputs, attention_mask=mask, use_cache=cache is not None, **{CACHE_NAME: cache}
     ).last_hidden_state
 
 

@@ -42,7 +42,7 @@ EXAMPLES = 1
 VOCABULARY = 1024
 SYNTHETIC = 3000
 INVENTED = 4000  # questions on schemas that there are not, for targets with the schema in the prompt
-RENAMED = 2  # times that each question comes on mixed schemas with other names, for these targets too
+RENAMED = 4  # times that each question comes on mixed schemas with other names, for these targets too
 TOGETHER = 8  # questions of one database that a batch takes together
 MAX_NEW_TOKENS = 256
 BLOCK_SIZE = 16
@@ -55,7 +55,7 @@ COMMON = 0.05  # share of the queries that have a token which a cipher keeps
 TARGET_CONFIG = TrainConfig(
     epochs=1, batch_size=32, learning_rate=1e-3, weight_decay=0.1, warmup_steps=200, noisy_blocks=0, bf16=True
 )
-SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, epochs=14, prefix_rows=TOGETHER)
+SCHEMA_CONFIG = dataclasses.replace(TARGET_CONFIG, epochs=4, prefix_rows=TOGETHER)
 CLLM_CONFIG = TrainConfig(
     epochs=2.5, batch_size=8, learning_rate=1e-3, weight_decay=0.1, warmup_steps=100, noisy_blocks=12, augment=0.125,
     on_policy=True, distance_decay=0.8, target_weight=1.0, bf16=True,

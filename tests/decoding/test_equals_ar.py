@@ -109,7 +109,7 @@ def test_bf16_equals_one_token_at_a_time_through_the_same_block():
     )
     # A draft source of its own, whose guesses are never right: at most one token is committed by a forward.
     tokens = inputs[0].tolist()
-    from cllm_kernels.decoding import JacobiCache
+    from cllm_kernels.decoding import CACHE_NAME, JacobiCache
     from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
 
     bounds = torch.zeros(2, 1, dtype=torch.int32)
@@ -123,7 +123,7 @@ def test_bf16_equals_one_token_at_a_time_through_the_same_block():
                 input_ids=torch.tensor([block]),
                 attention_mask=as_mask(bounds),
                 position_ids=torch.arange(first, first + len(block))[None],
-                past_key_values=cache,
+                **{CACHE_NAME: cache},
             ).logits
             tokens.append(int(logits[0, -size].argmax()))
     assert got[0].tolist() == tokens

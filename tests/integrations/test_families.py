@@ -15,6 +15,7 @@ import torch
 import transformers
 from families import EXACT, FAMILIES, NATIVE, make_family
 from helpers import Planted, make_prompts
+from packaging.version import Version
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends
 from cllm_kernels.decoding import loop
@@ -34,7 +35,10 @@ def decodes(name: str) -> str:
             JacobiGenerator(model).generate(**make_prompts(1), **GREEDY)
         reason = re.sub(r" \(layer types .*\)", "", str(refusal.value))  # releases name these differently
         return f"| {name} | `{class_name}` | {special} | none | refused: {reason} |"
-    attention = "native" if name in NATIVE else "block"
+    changed = NATIVE.get(name)
+    native = name in NATIVE and (changed is None or Version(transformers.__version__) < Version(changed))
+    attention = "native" if native else "block"
+    described = f"block; native before transformers {changed}" if changed else attention
     for rows in (1, 4):
         inputs = make_prompts(rows)
         expected = model.generate(**inputs, **GREEDY)
@@ -48,7 +52,7 @@ def decodes(name: str) -> str:
                 assert torch.equal(generator.generate(**inputs, **GREEDY), expected), (rows, config)
             assert generator.statistics.attention == attention
             assert config.candidates == 1 or sum(generator.statistics.chosen[1:]) > rows
-    return f"| {name} | `{class_name}` | {special} | {attention} | exact |"
+    return f"| {name} | `{class_name}` | {special} | {described} | exact |"
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -32,6 +32,7 @@ from cllm_kernels import (
     enable_jacobi,
     jacobi_generate,
 )
+from cllm_kernels.decoding import CACHE_NAME
 
 GREEDY = {"do_sample": False, "max_new_tokens": 24}
 
@@ -177,7 +178,8 @@ REFUSED = {
     "generator": ({"generator": 3}, TypeError, "generator is a int"),
     "assistant": ({"assistant_model": make_model()}, NotImplementedError, "assistant_model"),
     "custom": ({"custom_generate": jacobi_generate}, NotImplementedError, "custom_generate"),
-    "cache": ({"past_key_values": object()}, NotImplementedError, "past_key_values"),
+    "cache": ({CACHE_NAME: object()}, NotImplementedError, CACHE_NAME),
+    "cache by its old name": ({"past_key_values": object()}, NotImplementedError, "cache|past_key_values"),
     "positions": ({"position_ids": torch.arange(3, 15)[None]}, NotImplementedError, "position_ids"),
     "right padding": (
         {"attention_mask": torch.tensor([[1] * 10 + [0] * 2])},

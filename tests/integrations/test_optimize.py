@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi, optimize
-from cllm_kernels.decoding import JacobiCache
+from cllm_kernels.decoding import CACHE_NAME, JacobiCache
 from cllm_kernels.integrations import optimize as module_under_test
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
 from cllm_kernels.ops.window_linear import LAYER_ROWS
@@ -36,7 +36,7 @@ def window_forward(model, tokens, length=0, cache=None):
     positions = torch.arange(length, length + tokens.shape[1])[None].expand(tokens.shape[0], -1)
     with torch.inference_mode(), block_attention_enabled(model, "cpp"):
         outputs = model(
-            input_ids=tokens, attention_mask=as_mask(bounds), position_ids=positions, past_key_values=cache,
+            input_ids=tokens, attention_mask=as_mask(bounds), position_ids=positions, **{CACHE_NAME: cache},
             use_cache=True,
         )  # fmt: skip
     return outputs.logits, cache
@@ -139,7 +139,7 @@ def test_the_last_layer_leaves_out_what_nobody_asks_for(family, length):
         cache.keep = asked
         positions = bounds[0][:, None] - bounds[1][:, None] + torch.arange(inputs.shape[1])
         return model(
-            input_ids=inputs, attention_mask=as_mask(bounds), position_ids=positions.clamp(min=0), past_key_values=cache,
+            input_ids=inputs, attention_mask=as_mask(bounds), position_ids=positions.clamp(min=0), **{CACHE_NAME: cache},
             use_cache=True, logits_to_keep=keep,
         ).logits  # fmt: skip
 

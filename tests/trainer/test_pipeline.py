@@ -345,3 +345,8 @@ def test_command_line(target, tmp_path):
         (name, method) for name in ("target", "cllm") for method in ("hf_ar", "jacobi_window", "jacobi_block")
     ]
     assert all(row["equal"] == 1 and row["prompts"] == 6 for row in rows)
+    result = run(app, ["evaluate", "--target", str(path), "--questions", str(file), "--limit", "1", "--plots",
+                       "--output", str(tmp_path / "alone.json"), "--block-size", "4", "--max-new-tokens", "12"])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert {row["model"] for row in json.loads((tmp_path / "alone.json").read_text())} == {"target"}
+    assert (tmp_path / "alone_training.png").exists() and (tmp_path / "alone_trajectory.png").exists()
