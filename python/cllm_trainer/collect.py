@@ -40,8 +40,8 @@ def collect(
     Rows come in order of prompt length, since prompts of a length share a batch. ``output`` appears when all of
     them are written; until then they are in ``output`` with ``.part`` behind it, where the same call goes on after an
     interruption at any moment. Each row depends on its prompt and number alone, so the file is the same as without
-    the interruption. Where ``output`` holds all rows of the same call already, nothing is decoded. Outputs that run into repetition are marked ``degenerate``, counted, and kept: whoever trains
-    leaves them out (:func:`without_degenerate`).
+    the interruption. Where ``output`` holds all rows of the same call already, nothing is decoded. Outputs that run into
+    repetition are marked ``degenerate``, counted, and kept: whoever trains leaves them out (:func:`without_degenerate`).
 
     Args:
         prompts: token ids.

@@ -323,7 +323,7 @@ def mix_schemas(questions: list[dict], schemas: list[dict], renamed: bool = Fals
 
 
 def _names(entry: dict) -> dict[str, tuple[str, str]]:
-    """What tables and columns of a database are called in SQL: what in words, and what they are."""
+    """Of each name in SQL of a database's tables and columns: the words for it, and ``"table"`` or the column's type."""
     columns = zip(entry["column_names_original"], entry["column_names"], entry["column_types"], strict=True)
     names = {name: (words, kind) for (table, name), (_, words), kind in columns if table >= 0}
     tables = zip(entry["table_names_original"], entry["table_names"], strict=True)
@@ -338,8 +338,8 @@ def _singular(words: str) -> str:
 def _rename(
     rows: list[dict], names: dict[str, tuple[str, str]], pool: dict[str, list[tuple[str, str]]], rng: random.Random
 ) -> tuple[list[dict], dict[str, str]]:
-    """The rows with other names of the same kind for what the questions name in words, and the new name in SQL for each
-    old one. What stands in a literal too keeps its name."""
+    """The rows with other names of the same kind for all that the questions name, and the new name in SQL of each old
+    one. What a literal holds too keeps its name."""
     text = "\n".join(row["question"].lower() for row in rows)
     literals = "\n".join(token.lower() for row in rows for token in tokenize(row["query"]) if token[0] == "'")
     in_sql, in_words = {}, {}
