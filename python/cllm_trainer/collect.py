@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cllm_kernels import JacobiConfig, JacobiGenerator
 from cllm_kernels.spider import is_degenerate
 
-from .rows import correct_later, fingerprint
+from .packing import initial_states
+from .rows import correct_later, fingerprint, read_rows
 
 REPEATS = (
     10  # the run that the paper's code takes for a repetition (github.com/hao-ai-lab/Consistency_LLM, cllm/utils.py)
@@ -209,6 +210,31 @@ def _append(file, temporary: Path, lines: list[dict], before: int) -> None:
             error.errno,
             f"{error.strerror}; {temporary} keeps the first {before} rows, and the same call goes on from there",
         ) from None
+
+
+def collect_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], output: str | Path,
+    max_new_tokens: int = 256, prefix_lengths: list[int] | None = None,
+) -> tuple[list[dict], dict]:  # fmt: skip
+    """A model's own answers to prompts as training rows, and what :func:`collect` found, which writes them to ``output``.
+
+    Answers without an end and repetitions are left out.
+    """
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    prompts = prompts_of(tokenizer, texts)
+    # Only the answers are wanted, and blocks of 2 come to them at the least cost.
+    config = JacobiConfig(block_size=2)
+    summary = collect(
+        model, tokenizer, prompts, output, config, max_new_tokens=max_new_tokens, prefix_lengths=prefix_lengths
+    )
+    rows = [row for row in read_rows(output) if row["finished"] and not is_degenerate(row["output_ids"])]
+    return rows, summary
+
+
+def with_first_states(rows: list[dict], block_size: int, seed: int = 0) -> list[dict]:
+    """The rows with blocks of random drafts, as decoding begins; ``on_policy`` moves them on while a model is trained."""
+    rng = random.Random(seed)
+    return [row | {"states": initial_states(row, block_size, rng), "block_size": block_size} for row in rows]
 
 
 def without_degenerate(rows: list[dict]) -> tuple[list[dict], int]:

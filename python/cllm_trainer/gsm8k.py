@@ -1,4 +1,4 @@
-"""The recipe of the GSM8K models, a second domain: target from scratch, its trajectories, CLLM.
+"""The recipe of the GSM8K models, a second domain: target from scratch, its answers, CLLM.
 
 A model of three million parameters learns the form of the answers and hardly any arithmetic, so these models show what
 Jacobi decoding does on prose with numbers in it, and no more. ``cllm-train evaluate --task gsm8k`` evaluates them.
@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import load_model
 
-from .collect import collect, prompts_of
+from .collect import collect_answers, with_first_states
 from .from_scratch import encode, learn_to_copy, make_model, make_tokenizer
-from .rows import read_rows
 from .settings import TrainConfig
 from .tasks import GSM8K
 from .train import train
@@ -43,13 +41,10 @@ def build_target(data: str | Path, output_dir: str | Path) -> dict:
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Trains the CLLM on the target's trajectories on the training questions, which go to ``work``; returns its
-    training record."""
+    """Trains the CLLM on the target's own answers to the training questions, which go to ``work/answers.jsonl``;
+    returns its training record."""
     model, tokenizer = load_model(target)
-    prompts = prompts_of(tokenizer, GSM8K(Path(data) / "train.jsonl").prompts())
-    Path(work).mkdir(parents=True, exist_ok=True)
-    path = Path(work) / "training.jsonl"
-    config = JacobiConfig(block_size=BLOCK_SIZE)
-    summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS)
-    notes = {"start": Path(target).name, "block_size": BLOCK_SIZE, "trajectories": summary}
-    return train(model, tokenizer, read_rows(path), output_dir, CLLM_CONFIG, notes)
+    prompts = GSM8K(Path(data) / "train.jsonl").prompts()
+    answers, summary = collect_answers(model, tokenizer, prompts, Path(work) / "answers.jsonl", MAX_NEW_TOKENS)
+    notes = {"start": Path(target).name, "answers": summary}
+    return train(model, tokenizer, with_first_states(answers, BLOCK_SIZE), output_dir, CLLM_CONFIG, notes)

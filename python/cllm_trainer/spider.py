@@ -20,16 +20,13 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from cllm_kernels import JacobiConfig
 from cllm_kernels.comparison import compare_models, load_model
-from cllm_kernels.spider import canonical_sql, is_degenerate, prompt_for, prompt_prefix, read_questions, schema_text
+from cllm_kernels.spider import canonical_sql, prompt_for, prompt_prefix, read_questions, schema_text
 
 from . import from_scratch
 from .baselines import distil_draft, train_medusa
-from .collect import collect, prompts_of, tqdm_of
+from .collect import collect_answers, tqdm_of, with_first_states
 from .from_scratch import learn_to_copy, make_model, make_tokenizer
-from .packing import initial_states
-from .rows import read_rows
 from .settings import TrainConfig
 from .set_match import schema_of, tokenize
 from .train import train
@@ -447,27 +444,21 @@ def build_target(data: str | Path, output_dir: str | Path, schema: bool = False)
     return train(model, tokenizer, rows, output_dir, config, notes)
 
 
-def collect_answers(
+def answers_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, training: list[dict], work: str | Path
 ) -> tuple[list[dict], dict]:
     """A target's own answers, as training rows, and what collecting them found; they go to ``work/answers.jsonl``.
 
     To the training questions and to crossed ones: what a model says to questions that it has learned from does not tell
-    how it answers new ones. Answers without an end and repetitions are left out.
+    how it answers new ones.
     """
     questions, path = training + cross(training, CROSSED), Path(work) / "answers.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    prompts = prompts_of(tokenizer, [prompt_for(row) for row in questions])
-    shared = prefix_lengths(questions, tokenizer)
-    # Only the answers are wanted, and blocks of 2 come to them at the least cost.
-    config = JacobiConfig(block_size=2)
-    summary = collect(model, tokenizer, prompts, path, config, max_new_tokens=MAX_NEW_TOKENS, prefix_lengths=shared)
-    rows = [row for row in read_rows(path) if row["finished"] and not is_degenerate(row["output_ids"])]
-    return rows, summary
+    texts, shared = [prompt_for(row) for row in questions], prefix_lengths(questions, tokenizer)
+    return collect_answers(model, tokenizer, texts, path, MAX_NEW_TOKENS, shared)
 
 
 def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, work: str | Path) -> dict:
-    """Trains the CLLM on the target's own answers (:func:`collect_answers`); returns its training record.
+    """Trains the CLLM on the target's own answers (:func:`answers_of`); returns its training record.
 
     States begin as random drafts and move on with the model that is trained, so the first ones are the target's
     trajectories and the later ones the CLLM's own. The KL to the target holds the clean output.
@@ -476,10 +467,9 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
     """
     training, held_out, _ = load(data, shows_schemas(target))
     model, tokenizer = load_model(target)
-    answers, summary = collect_answers(model, tokenizer, training, work)
-    rng = random.Random(0)
-    rows = [row | {"states": initial_states(row, BLOCK_SIZE, rng), "block_size": BLOCK_SIZE} for row in answers]
+    answers, summary = answers_of(model, tokenizer, training, work)
     notes = {"start": Path(target).name, "answers": summary}
+    rows = with_first_states(answers, BLOCK_SIZE)
     record = train(model, tokenizer, rows, output_dir, CLLM_CONFIG, notes, target=load_model(target)[0])
     with open(Path(output_dir) / "held_out_sample.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in random.Random(0).sample(held_out, SAMPLE))
@@ -488,11 +478,11 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
 
 def build_baselines(data: str | Path, models: str | Path, work: str | Path) -> None:
     """Distils ``spider-draft`` from the target, and trains Medusa-style heads, ``spider-target/medusa.safetensors``, on
-    the answers that the CLLM is trained on too (:func:`collect_answers`)."""
+    the answers that the CLLM is trained on too (:func:`answers_of`)."""
     models = Path(models)
     training, _, _ = load(data, shows_schemas(models / "spider-target"))
     model, tokenizer = load_model(models / "spider-target")
-    rows, _ = collect_answers(model, tokenizer, training, work)
+    rows, _ = answers_of(model, tokenizer, training, work)
     record = distil_draft(model, tokenizer, rows, models / "spider-draft", DRAFT_LAYERS, DRAFT_STEPS, DRAFT_WARM_UP)
     (models / "spider-draft" / "README.md").write_text(draft_card(record))
     train_medusa(model, tokenizer, rows, models / "spider-target" / "medusa.safetensors", MEDUSA_HEADS, MEDUSA_STEPS)
