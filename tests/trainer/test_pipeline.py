@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from cllm_trainer import collect as collecting
 from cllm_trainer import from_scratch, gsm8k, spider
 from cllm_trainer.cli import app
 from cllm_trainer.collect import collect, prompts_of
@@ -192,8 +193,16 @@ def test_schemas_whose_tables_and_columns_have_other_names():
     assert "customers who paid the Age " in literal["question"]
 
 
+@pytest.fixture
+def any_answer_is_taken(monkeypatch):
+    """Models of a few steps end no answer."""
+    read = collecting.read_rows
+    monkeypatch.setattr(collecting, "read_rows", lambda path: [row | {"finished": True} for row in read(path)])
+    monkeypatch.setattr(collecting, "is_degenerate", lambda *tokens, **options: False)
+
+
 @pytest.mark.parametrize("schema", [False, True])
-def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
+def test_one_command_makes_the_models(tmp_path, monkeypatch, any_answer_is_taken, schema):
     """Every stage on 90 questions, with a few steps each; what it writes loads, and evaluates with all baselines."""
     data, models, work = tmp_path / "data", tmp_path / "models", tmp_path / "work"
     data.mkdir()
@@ -211,10 +220,6 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, schema):
         monkeypatch.setattr(spider, name, value)
     monkeypatch.setattr(from_scratch, "COPYING_STEPS", 2)
     monkeypatch.setattr(from_scratch, "ANSWERING_STEPS", 2)
-    # models of a few steps end no answer
-    read = spider.read_rows
-    monkeypatch.setattr(spider, "read_rows", lambda path: [row | {"finished": True} for row in read(path)])
-    monkeypatch.setattr(spider, "is_degenerate", lambda tokens: False)
     options = ["spider", "--data", str(data), "--output", str(models), "--work", str(work), *["--schema"] * schema]
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
@@ -260,7 +265,7 @@ def test_the_first_layer_looks_at_the_token_before():
         assert row["prompt_ids"][at - 1] == row["prompt_ids"][at + len(answer)] == row["prompt_ids"][-1] == newline
 
 
-def test_gsm8k_by_one_command(tmp_path, monkeypatch):
+def test_gsm8k_by_one_command(tmp_path, monkeypatch, any_answer_is_taken):
     rows = [{"question": f"Ann has {n} pens and buys {n + 2}. How many?", "answer": f"{n}+{n + 2}=<<{n}+{n + 2}={2 * n + 2}>>{2 * n + 2}\n#### {2 * n + 2}"}
             for n in range(40)]  # fmt: skip
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -277,7 +282,7 @@ def test_gsm8k_by_one_command(tmp_path, monkeypatch):
     _, tokenizer = load_model(models / "gsm8k-cllm")
     assert len(tokenizer.tokenize("1234")) == 4  # each digit alone
     record = json.loads((models / "gsm8k-cllm" / "training_record.json").read_text())
-    assert record["rows"] == record["trajectories"]["prompts"] == 40 and record["states"] > 40
+    assert record["rows"] == record["answers"]["prompts"] == 40 and record["states"] > 40
     result = CliRunner().invoke(app, [*options, "--stage", "cllms"])
     assert result.exit_code == 2 and "not one of all, target, cllm" in result.output
 
