@@ -489,7 +489,7 @@ def build_baselines(data: str | Path, models: str | Path, work: str | Path) -> N
 
 
 def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> list[dict]:
-    """Evaluates both models on all held-out questions.
+    """Evaluates the target, and the CLLM if it is there, on all held-out questions.
 
     Writes these to ``work/held_out.jsonl``, and Spider's ``dev.jsonl``, whose databases are unknown to the models, to
     ``work/dev.jsonl``, with what the target's prompts show: ``cllm-train evaluate`` takes them.
@@ -508,7 +508,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
     seen = {(row["db_id"], canonical_sql(row["query"])) for row in training}
     kinds = [(row["db_id"], canonical_sql(row["query"])) in seen for row in held_out]
     query_shown = {} if schema else {"query_shown": sum(map(_shows_its_query, held_out)) / len(held_out)}
-    paths = {name: models / f"spider-{name}" for name in ("target", "cllm")}
+    paths = {name: path for name in ("target", "cllm") if (path := models / f"spider-{name}").exists()}
     rows = compare_models(paths, held_out, BLOCK_SIZE, MAX_NEW_TOKENS, progress=tqdm_of)
     for row in rows:
         correct = row.pop("correct")

@@ -231,7 +231,10 @@ def test_one_command_makes_the_models(tmp_path, monkeypatch, any_answer_is_taken
     for path in (models / "spider-cllm" / "held_out_sample.jsonl", work / "held_out.jsonl", work / "dev.jsonl"):
         assert all(("schema" in row) == schema != ("examples" in row) for row in read_questions(path))
     assert all((row["prefix_length"] > 0) == schema for row in read_rows(work / "answers.jsonl"))
-    options = ["evaluate", "--target", str(models / "spider-target"), "--cllm", str(models / "spider-cllm"),
+    (models / "spider-cllm").rename(tmp_path / "spider-cllm")
+    alone = CliRunner().invoke(app, [*options, "--stage", "evaluate"])
+    assert alone.exit_code == 0, alone.output
+    options = ["evaluate", "--target", str(models / "spider-target"), "--cllm", str(tmp_path / "spider-cllm"),
                "--draft", str(models / "spider-draft"), "--medusa", str(models / "spider-target" / "medusa.safetensors"),
                "--questions", str(work / "held_out.jsonl"), "--output", str(tmp_path / "rows.json"), "--lookup",
                "--max-new-tokens", "8", "--limit", "1"]  # fmt: skip
