@@ -269,7 +269,7 @@ def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl, dev.jsonl and tables.json.")],
     output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.")] = Path("models"),
     work: Annotated[
-        Path, typer.Option(help="Trajectories and the held-out questions go here.")
+        Path, typer.Option(help="The target's answers and the held-out questions go here.")
     ] = Path("runs/spider"),
     stage: Annotated[str, typer.Option(help="target, cllm, baselines, evaluate, or all of them in turn.")] = "all",
     schema: Annotated[
@@ -277,7 +277,7 @@ def spider(
     ] = False,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Makes the bundled models: target from scratch, trajectories, CLLM, draft and heads, evaluation."""
+    """Makes the bundled models: target from scratch, its answers, CLLM, draft and heads, evaluation."""
     stages = _chosen(stage, "target", "cllm", "baselines", "evaluate")
     if threads:
         torch.set_num_threads(threads)
@@ -295,7 +295,7 @@ def spider(
 def gsm8k(
     data: Annotated[Path, typer.Option(help="Folder with GSM8K's train.jsonl.")],
     output: Annotated[Path, typer.Option(help="gsm8k-target and gsm8k-cllm go here.")] = Path("models"),
-    work: Annotated[Path, typer.Option(help="Trajectories go here.")] = Path("runs/gsm8k"),
+    work: Annotated[Path, typer.Option(help="The target's answers go here.")] = Path("runs/gsm8k"),
     stage: Annotated[str, typer.Option(help="target, cllm, or both in turn: all.")] = "all",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:

@@ -214,7 +214,7 @@ def _append(file, temporary: Path, lines: list[dict], before: int) -> None:
 
 def collect_answers(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], output: str | Path,
-    max_new_tokens: int = 256, prefix_lengths: list[int] | None = None,
+    max_new_tokens: int, prefix_lengths: list[int] | None = None,
 ) -> tuple[list[dict], dict]:  # fmt: skip
     """A model's own answers to prompts as training rows, and what :func:`collect` found, which writes them to ``output``.
 
@@ -231,9 +231,9 @@ def collect_answers(
     return rows, summary
 
 
-def with_first_states(rows: list[dict], block_size: int, seed: int = 0) -> list[dict]:
+def with_first_states(rows: list[dict], block_size: int) -> list[dict]:
     """The rows with blocks of random drafts, as decoding begins; ``on_policy`` moves them on while a model is trained."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     return [row | {"states": initial_states(row, block_size, rng), "block_size": block_size} for row in rows]
 
 

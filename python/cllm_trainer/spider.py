@@ -114,6 +114,12 @@ class _Schema:
         ]
         self.usable = [index for index, columns in enumerate(self.columns) if len(columns) >= 2]
 
+    def names(self) -> dict[str, tuple[str, str]]:
+        """Of each name in SQL of a table or a column: the words for it, and ``"table"`` or the column's type."""
+        tables = ((name.lower(), words.lower(), "table") for name, words in self.tables)
+        every = itertools.chain(*self.columns, tables)
+        return {name: (words, kind) for name, words, kind in every if name.isidentifier()}
+
 
 def invent_schemas(schemas: list[dict], count: int, seed: int = 0) -> list[dict]:
     """Schemas of databases that there are not: tables of different databases, with some columns of other tables."""
@@ -293,7 +299,7 @@ def mix_schemas(questions: list[dict], schemas: list[dict], renamed: bool = Fals
     rng = random.Random(seed)
     tables = {entry["db_id"]: schema_of(entry).columns for entry in schemas}
     others = [item for own in tables.values() for item in own.items() if item[1]]
-    names = {entry["db_id"]: _names(entry) for entry in schemas}
+    names = {entry["db_id"]: _Schema(entry).names() for entry in schemas} if renamed else {}
     pool: dict[str, list[tuple[str, str]]] = {}
     for own in names.values():
         for sql, (in_words, kind) in own.items():
@@ -317,15 +323,6 @@ def mix_schemas(questions: list[dict], schemas: list[dict], renamed: bool = Fals
             shown = {"db_id": rng.choice((name, "db")), "schema": schema}
             mixed += [row | shown for row in bundle]
     return mixed
-
-
-def _names(entry: dict) -> dict[str, tuple[str, str]]:
-    """Of each name in SQL of a database's tables and columns: the words for it, and ``"table"`` or the column's type."""
-    columns = zip(entry["column_names_original"], entry["column_names"], entry["column_types"], strict=True)
-    names = {name: (words, kind) for (table, name), (_, words), kind in columns if table >= 0}
-    tables = zip(entry["table_names_original"], entry["table_names"], strict=True)
-    names |= {name: (words, "table") for name, words in tables}
-    return {name.lower(): (words.lower(), kind) for name, (words, kind) in names.items() if name.isidentifier()}
 
 
 def _singular(words: str) -> str:
