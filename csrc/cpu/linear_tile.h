@@ -41,17 +41,31 @@ constexpr int tile_outputs(int rows) { return rows <= 2 ? 4 : 3; }
 template <class T>
 constexpr bool linear_converts = !std::is_same<T, Input<T>>::value;
 
+// What a tile fetches of the weights that come after its own: in each step a line of each of `Rows` rows, and where
+// `Ahead`, the line that many steps behind it as well. They go to the L2 cache: the L1 cache has no room for them, and
+// fetching them there was measured to cost a quarter of the time on 16 rows.
+template <int Rows, int Ahead = 0>
+struct Fetch {
+  static constexpr int rows = Rows;
+
+  template <class T>
+  static inline __attribute__((always_inline)) void line(const T* next, int64_t stride, int row) {
+    if (row >= Rows) return;
+    if (Ahead) __builtin_prefetch(next + row * stride + Ahead * linear_step<T>, 0, 2);
+    __builtin_prefetch(next + row * stride, 0, 2);
+  }
+};
+
 // sum[r][c] += the products of one step of row r of x and row c of the weights, of its first `count` inputs where
-// `Tail`. Meanwhile `Fetch` rows of the weights that come after these, at `next`, are fetched into the L2 cache: the L1
-// cache has no room for them, and fetching them there was measured to cost a quarter of the time on 16 rows.
-template <int R, int C, int Fetch, bool Tail>
+// `Tail`. Meanwhile weights at `next` are fetched.
+template <int R, int C, class Next, bool Tail>
 CLLM_INLINE void add_products(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count,
                               const float* next, vfloat (&sum)[R][C]) {
   vfloat y[C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
     y[c] = load_register<vfloat, Tail>(w + c * w_stride, count);
-    if (c < Fetch) __builtin_prefetch(next + c * w_stride, 0, 2);
+    Next::line(next, w_stride, c);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -62,14 +76,14 @@ CLLM_INLINE void add_products(const float* x, int64_t x_stride, const float* w, 
 }
 
 #if defined(__AVX512BF16__)
-template <int R, int C, int Fetch, bool Tail>
+template <int R, int C, class Next, bool Tail>
 CLLM_INLINE void add_products(const bf16_t* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t count,
                               const bf16_t* next, vfloat (&sum)[R][C]) {
   __m512bh y[C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
     y[c] = load_register<__m512bh, Tail>(w + c * w_stride, count);
-    if (c < Fetch) __builtin_prefetch(next + c * w_stride, 0, 2);
+    Next::line(next, w_stride, c);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -80,14 +94,14 @@ CLLM_INLINE void add_products(const bf16_t* x, int64_t x_stride, const bf16_t* w
 }
 #else
 // x has zeros behind its end.
-template <int R, int C, int Fetch, bool Tail>
+template <int R, int C, class Next, bool Tail>
 CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t count,
                               const bf16_t* next, vfloat (&sum)[R][C]) {
   vuint pairs[C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
     pairs[c] = load_register<vuint, Tail>(w + c * w_stride, count);
-    if (c < Fetch) __builtin_prefetch(next + c * w_stride, 0, 2);
+    Next::line(next, w_stride, c);
   }
 #pragma GCC unroll 2
   for (int odd = 0; odd < 2; ++odd) {
@@ -164,7 +178,7 @@ CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t outp
 }
 
 // Rows [row, row + R) of outputs [output, output + C).
-template <class T, int R, int C, int Fetch>
+template <class T, int R, int C, class Next>
 CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output, const T* next) {
   constexpr int step = linear_step<T>;
   const int64_t end = p.inputs / step * step, w_stride = p.weight_stride;
@@ -173,15 +187,15 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
   const int64_t x_stride = p.x_bytes / sizeof(Input<T>);
   vfloat sum[R][C] = {};
   for (int64_t k = 0; k < end; k += step)
-    add_products<R, C, Fetch, false>(x + k, x_stride, weight + k, w_stride, step, next + k, sum);
+    add_products<R, C, Next, false>(x + k, x_stride, weight + k, w_stride, step, next + k, sum);
   if (end < p.inputs)
-    add_products<R, C, 0, true>(x + end, x_stride, weight + end, w_stride, p.inputs - end, next, sum);
+    add_products<R, C, Fetch<0>, true>(x + end, x_stride, weight + end, w_stride, p.inputs - end, next, sum);
   linear_results<T>(p, row, output, sum);
 }
 
-// Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile:
-// `Fetch` of their C rows by each tile, so that the memory never rests. Behind the last group come those at `after`.
-template <class T, int C, int Fetch>
+// Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile, so that
+// the memory never rests. Behind the last group come those at `after`.
+template <class T, int C, class Next>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
   const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows;
   for (int64_t output = begin; output < end; output += C) {
@@ -189,13 +203,9 @@ void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* 
     if (output + C >= end) group = after;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
-      const T* next = group + i * Fetch * p.weight_stride;
+      const T* next = Next::rows < C && 2 * i >= tiles ? group + Next::rows * p.weight_stride : group;
       with_block<linear_rows>(count, [&](auto size) {
-        constexpr int R = decltype(size)::value;
-        if (i * Fetch < C)
-          linear_tile<T, R, C, Fetch>(p, row, output, next);
-        else
-          linear_tile<T, R, C, 0>(p, row, output, nullptr);
+        linear_tile<T, decltype(size)::value, C, Next>(p, row, output, next);
       });
     }
   }
@@ -209,13 +219,18 @@ void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next)
     constexpr int C = decltype(outputs)::value;
     const int64_t whole = begin + (end - begin) / C * C;
     const T* after = whole < end ? weights(whole) : last;
-    if (p.rows <= linear_rows)
-      linear_outputs<T, C, C>(p, begin, whole, after);
+    // A core that has many fetches under way drops others, and the arithmetic waits for every line that was dropped. So
+    // lines are asked for twice where there is arithmetic to speak of: within a tile, by both of two, or by the first
+    // tiles half of the group and by the others the rest. At one row the memory is busy without it.
+    if (p.rows == 1)
+      linear_outputs<T, C, Fetch<C>>(p, begin, whole, after);
+    else if (p.rows <= linear_rows)
+      linear_outputs<T, C, Fetch<C, 8>>(p, begin, whole, after);
     else if (p.rows <= 2 * linear_rows)
-      linear_outputs<T, C, (C + 1) / 2>(p, begin, whole, after);
+      linear_outputs<T, C, Fetch<C>>(p, begin, whole, after);
     else
-      linear_outputs<T, C, (C + 2) / 3>(p, begin, whole, after);
-    linear_outputs<T, 1, 1>(p, whole, end, last);
+      linear_outputs<T, C, Fetch<(C + 1) / 2>>(p, begin, whole, after);
+    linear_outputs<T, 1, Fetch<1>>(p, whole, end, last);
   };
   if (p.rows <= 2) return run(std::integral_constant<int, tile_outputs(1)>{});
   if (p.rows == 3) return run(std::integral_constant<int, tile_outputs(3)>{});
