@@ -19,7 +19,7 @@ constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Keys that are scored at a time: a multiple of every block_rows, and few enough to take a third of a 32 KiB L1 cache
-// beside the queries of 16 rows.
+// beside the queries of one or two blocks of rows.
 CLLM_INLINE int64_t score_tile(int64_t dim) { return maximum(24, minimum(96, 3072 / dim / 24 * 24)); }
 
 // Keys of a softmax step: more, because each step loads, scales and stores the output once.
@@ -51,54 +51,89 @@ struct Layout {
   }
 };
 
-// scores[r][lane] = sum over d of keys[r][d] * query[d][lane], for R keys.
-template <int R>
+// Blocks of 16 lanes that are computed together, so that what is broadcast is loaded once for all: as many as keep their
+// sums in registers.
+#if defined(__AVX512F__)
+constexpr int wide = 2;
+#else
+constexpr int wide = 1;
+#endif
+
+// Keys or values that come later, fetched to the L2 cache while others are computed with, some in each step: of many
+// fetches at once a core drops most.
+struct Ahead {
+  const char* at;
+  int64_t step;  // bytes; 0: this is done elsewhere
+
+  inline __attribute__((always_inline)) void lines(int count) {
+    for (int i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
+    at += step;
+  }
+};
+
+// scores[r][lane] = sum over d of keys[r][d] * query[d][lane], for R keys and W blocks of lanes. The queries of a block
+// stand behind those of the block before it.
+template <int R, int W>
 CLLM_INLINE void score_keys(const float* query, const float* keys, int64_t key_stride, int64_t dim, float* scores,
-                            int64_t score_stride) {
-  vfloat sum[R][parts] = {};
-  for (int64_t d = 0; d < dim; ++d) {
-    vfloat q[parts];
+                            int64_t score_stride, Ahead fetch) {
+  // A pointer for every three keys, which the stride reaches from it; for one each there are too few registers. The asm,
+  // which does nothing, hides from the compiler what they have in common.
+  constexpr int reach = 3;
+  const float* key[(R + reach - 1) / reach];
+  for (int i = 0; i * reach < R; ++i) key[i] = keys + i * reach * key_stride;
+  vfloat sum[R][W * parts] = {};
+  for (const float* end = query + dim * lanes; query < end; query += lanes) {
+    fetch.lines(1);
+    vfloat q[W * parts];
 #pragma GCC unroll 4
-    for (int v = 0; v < parts; ++v) q[v] = load(query + d * lanes + v * native);
+    for (int v = 0; v < W * parts; ++v) q[v] = load(query + v / parts * lanes * dim + v % parts * native);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const vfloat k = splat(keys[r * key_stride + d]);
+      const vfloat k = splat(key[r / reach][r % reach * key_stride]);
 #pragma GCC unroll 4
-      for (int v = 0; v < parts; ++v) sum[r][v] += k * q[v];
+      for (int v = 0; v < W * parts; ++v) sum[r][v] += k * q[v];
+    }
+#pragma GCC unroll 12
+    for (int i = 0; i * reach < R; ++i) {
+      ++key[i];
+      asm("" : "+r"(key[i]));
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < parts; ++v) store(scores + r * score_stride + v * native, sum[r][v]);
+    for (int v = 0; v < W * parts; ++v) store(scores + r * score_stride + v * native, sum[r][v]);
 }
 
 // output[r][0..16) = output[r][0..16) * correction[r] + sum over keys of weights[key][r] * values[key][0..16), for R
-// rows.
-template <int R>
+// rows and W blocks of 16 values, which are `column` apart.
+template <int R, int W>
 CLLM_INLINE void add_values(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride,
-                            int64_t keys, float* output, int64_t output_stride, const float* correction) {
-  vfloat sum[R][parts];
+                            int64_t column, int64_t keys, float* output, int64_t output_stride, const float* correction,
+                            Ahead fetch) {
+  vfloat sum[R][W * parts];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < parts; ++v)
+    for (int v = 0; v < W * parts; ++v)
       sum[r][v] = load(output + r * output_stride + v * native) * splat(correction[r]);
   for (int64_t key = 0; key < keys; ++key) {
-    vfloat x[parts];
+    fetch.lines(W);
+    vfloat x[W * parts];
 #pragma GCC unroll 4
-    for (int v = 0; v < parts; ++v) x[v] = load(values + key * value_stride + v * native);
+    for (int v = 0; v < W * parts; ++v)
+      x[v] = load(values + key * value_stride + v / parts * column + v % parts * native);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const vfloat w = splat(weights[key * weight_stride + r]);
 #pragma GCC unroll 4
-      for (int v = 0; v < parts; ++v) sum[r][v] += w * x[v];
+      for (int v = 0; v < W * parts; ++v) sum[r][v] += w * x[v];
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < parts; ++v) store(output + r * output_stride + v * native, sum[r][v]);
+    for (int v = 0; v < W * parts; ++v) store(output + r * output_stride + v * native, sum[r][v]);
 }
 
 // Values of one key to [16 values][key][16], with zeros behind the last. 16 values of many keys then lie side by side;
@@ -119,6 +154,16 @@ CLLM_INLINE void with_block(int64_t count, const Body& body) {
     if (count < R) return with_block<R - 1>(count, body);
   }
   body(std::integral_constant<int, R>{});
+}
+
+// Calls `body(at, W)` for pieces of `count` that are W times `size` long, with W at most `Most`; `count` is a multiple of
+// `size`.
+template <int Most, class Body>
+CLLM_INLINE void in_blocks(int64_t count, int64_t size, const Body& body) {
+  int64_t at = 0;
+  for (; at + Most * size <= count; at += Most * size) body(at, std::integral_constant<int, Most>{});
+  if constexpr (Most > 1)
+    for (; at < count; at += size) body(at, std::integral_constant<int, 1>{});
 }
 
 // One step of the online softmax of 16 rows: scores of keys [begin, end) become weights, and `correction` what
@@ -277,17 +322,22 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       value_stride = lanes;
     }
 
+    // Meanwhile the first rows fetch the keys of the next tile, below the first ones its values.
     const int64_t step = score_tile(p.dim);
     for (int64_t part = tile; part < tile_end; part += step)
-      for (int64_t row = 0; row < padded; row += lanes) {
+      in_blocks<wide>(padded, lanes, [&](int64_t row, auto blocks) {
+        constexpr int W = decltype(blocks)::value;
         const int64_t begin = maximum(part, least(row));
-        const int64_t end = minimum(minimum(part + step, tile_end), highest[row + lanes - 1] + 1);
+        const int64_t end = minimum(minimum(part + step, tile_end), highest[row + W * lanes - 1] + 1);
         for (int64_t key = begin; key < end; key += block_rows)
           with_block<block_rows>(minimum(block_rows, end - key), [&](auto count) {
-            score_keys<decltype(count)::value>(query + row * p.dim, keys + (key - tile) * key_stride, key_stride,
-                                               p.dim, scores + (key - tile) * padded + row, padded);
+            constexpr int R = decltype(count)::value;
+            const T* next = key_rows + (key + at.keys) * p.key_cache.strides[2];
+            score_keys<R, W>(query + row * p.dim, keys + (key - tile) * key_stride, key_stride, p.dim,
+                             scores + (key - tile) * padded + row, padded,
+                             {reinterpret_cast<const char*>(next), row ? 0 : R * int64_t{sizeof(T)}});
           });
-      }
+      });
 
     for (int64_t row = 0; row < padded; row += lanes) {
       const int64_t begin = maximum(tile, least(row));
@@ -301,10 +351,11 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
                    own + row, static_cast<int32_t>(length), softcap, peak + row, total + row, correction + row);
     }
 
-    // 16 values of every key stay in the L1 cache for all rows. Blocks are of about one size: a small one waits for
+    // The values of a piece, of every key, stay in the L1 cache for all rows. Blocks are of about one size: a small one waits for
     // its own sums.
     const int64_t blocks = (rows + block_rows - 1) / block_rows;
-    for (int64_t d = 0; d < value_dim; d += lanes)
+    in_blocks<wide>(value_dim, lanes, [&](int64_t d, auto columns) {
+      constexpr int W = decltype(columns)::value;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = rows * block / blocks, count = rows * (block + 1) / blocks - row, last = row + count - 1;
         // The keys that all rows of the block see; what only some see follows row by row, because a weight of 0
@@ -312,22 +363,28 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         const int64_t begin = minimum(tile_end, maximum(tile, all_least(last)));
         const int64_t end = maximum(begin, minimum(tile_end, all_behind(row)));
         const auto at_key = [&](int64_t key) { return values + (key - tile) * value_stride + d * column; };
+        const T* next = value_rows + (begin + at.keys) * p.value_cache.strides[2] + d;
+        const Ahead fetch{reinterpret_cast<const char*>(next),
+                          block > 1 ? 0 : p.value_cache.strides[2] * int64_t{sizeof(T)}};
         with_block<block_rows>(count, [&](auto size) {
-          add_values<decltype(size)::value>(scores + (begin - tile) * padded + row, padded, at_key(begin), value_stride,
-                                            end - begin, output + row * value_dim + d, value_dim, correction + row);
+          add_values<decltype(size)::value, W>(scores + (begin - tile) * padded + row, padded, at_key(begin),
+                                               value_stride, lanes * column, end - begin, output + row * value_dim + d,
+                                               value_dim, correction + row, fetch);
         });
         if (least(row) >= begin && highest[last] < end) continue;
         for (int64_t i = row; i <= last; ++i) {
           const int64_t from = maximum(tile, lowest[i]), to = minimum(tile_end, highest[i] + 1);
           const auto add = [&](int64_t first, int64_t behind) {
             if (first < behind)
-              add_values<1>(scores + (first - tile) * padded + i, padded, at_key(first), value_stride, behind - first,
-                            output + i * value_dim + d, value_dim, &one);
+              add_values<1, W>(scores + (first - tile) * padded + i, padded, at_key(first), value_stride,
+                               lanes * column, behind - first, output + i * value_dim + d, value_dim, &one,
+                               {fetch.at, 0});
           };
           add(from, minimum(begin, to));
           add(maximum(maximum(end, from), own[i]), to);
         }
       }
+    });
   }
 
   if (!task.partial)
