@@ -61,7 +61,7 @@ constexpr int wide = 1;
 
 // Keys or values that come later, fetched to the L2 cache while others are computed with, some in each step: of many
 // fetches at once a core drops most.
-struct Ahead {
+struct NextRows {
   const char* at;
   int64_t step;  // bytes; 0: this is done elsewhere
 
@@ -75,7 +75,7 @@ struct Ahead {
 // stand behind those of the block before it.
 template <int R, int W>
 CLLM_INLINE void score_keys(const float* query, const float* keys, int64_t key_stride, int64_t dim, float* scores,
-                            int64_t score_stride, Ahead fetch) {
+                            int64_t score_stride, NextRows fetch) {
   // A pointer for every three keys, which the stride reaches from it; for one each there are too few registers. The asm,
   // which does nothing, hides from the compiler what they have in common.
   constexpr int reach = 3;
@@ -110,7 +110,7 @@ CLLM_INLINE void score_keys(const float* query, const float* keys, int64_t key_s
 template <int R, int W>
 CLLM_INLINE void add_values(const float* weights, int64_t weight_stride, const float* values, int64_t value_stride,
                             int64_t column, int64_t keys, float* output, int64_t output_stride, const float* correction,
-                            Ahead fetch) {
+                            NextRows fetch) {
   vfloat sum[R][W * parts];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r)
@@ -364,7 +364,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         const int64_t end = maximum(begin, minimum(tile_end, all_behind(row)));
         const auto at_key = [&](int64_t key) { return values + (key - tile) * value_stride + d * column; };
         const T* next = value_rows + (begin + at.keys) * p.value_cache.strides[2] + d;
-        const Ahead fetch{reinterpret_cast<const char*>(next),
+        const NextRows fetch{reinterpret_cast<const char*>(next),
                           block > 1 ? 0 : p.value_cache.strides[2] * int64_t{sizeof(T)}};
         with_block<block_rows>(count, [&](auto size) {
           add_values<decltype(size)::value, W>(scores + (begin - tile) * padded + row, padded, at_key(begin),
