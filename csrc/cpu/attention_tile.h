@@ -156,14 +156,13 @@ CLLM_INLINE void with_block(int64_t count, const Body& body) {
   body(std::integral_constant<int, R>{});
 }
 
-// Calls `body(at, W)` for pieces of `count` that are W times `size` long, with W at most `Most`; `count` is a multiple of
-// `size`.
-template <int Most, class Body>
-CLLM_INLINE void in_blocks(int64_t count, int64_t size, const Body& body) {
+// Calls `body(at, W)` for pieces of `count`, a multiple of 16, that are W blocks of lanes long: `wide`, and 1 at the end.
+template <class Body>
+CLLM_INLINE void in_blocks(int64_t count, const Body& body) {
   int64_t at = 0;
-  for (; at + Most * size <= count; at += Most * size) body(at, std::integral_constant<int, Most>{});
-  if constexpr (Most > 1)
-    for (; at < count; at += size) body(at, std::integral_constant<int, 1>{});
+  for (; at + wide * lanes <= count; at += wide * lanes) body(at, std::integral_constant<int, wide>{});
+  if constexpr (wide > 1)
+    for (; at < count; at += lanes) body(at, std::integral_constant<int, 1>{});
 }
 
 // One step of the online softmax of 16 rows: scores of keys [begin, end) become weights, and `correction` what
@@ -322,10 +321,10 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       value_stride = lanes;
     }
 
-    // Meanwhile the first rows fetch the keys of the next tile, below the first ones its values.
+    // Meanwhile the first rows fetch the keys of the next tile, and further down its values.
     const int64_t step = score_tile(p.dim);
     for (int64_t part = tile; part < tile_end; part += step)
-      in_blocks<wide>(padded, lanes, [&](int64_t row, auto blocks) {
+      in_blocks(padded, [&](int64_t row, auto blocks) {
         constexpr int W = decltype(blocks)::value;
         const int64_t begin = maximum(part, least(row));
         const int64_t end = minimum(minimum(part + step, tile_end), highest[row + W * lanes - 1] + 1);
@@ -351,10 +350,10 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
                    own + row, static_cast<int32_t>(length), softcap, peak + row, total + row, correction + row);
     }
 
-    // The values of a piece, of every key, stay in the L1 cache for all rows. Blocks are of about one size: a small one waits for
-    // its own sums.
+    // The values of a piece, of every key, stay in the L1 cache for all rows. Blocks are of about one size: a small one
+    // waits for its own sums.
     const int64_t blocks = (rows + block_rows - 1) / block_rows;
-    in_blocks<wide>(value_dim, lanes, [&](int64_t d, auto columns) {
+    in_blocks(value_dim, [&](int64_t d, auto columns) {
       constexpr int W = decltype(columns)::value;
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t row = rows * block / blocks, count = rows * (block + 1) / blocks - row, last = row + count - 1;
@@ -365,7 +364,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         const auto at_key = [&](int64_t key) { return values + (key - tile) * value_stride + d * column; };
         const T* next = value_rows + (begin + at.keys) * p.value_cache.strides[2] + d;
         const NextRows fetch{reinterpret_cast<const char*>(next),
-                          block > 1 ? 0 : p.value_cache.strides[2] * int64_t{sizeof(T)}};
+                             block > 1 ? 0 : p.value_cache.strides[2] * int64_t{sizeof(T)}};
         with_block<block_rows>(count, [&](auto size) {
           add_values<decltype(size)::value, W>(scores + (begin - tile) * padded + row, padded, at_key(begin),
                                                value_stride, lanes * column, end - begin, output + row * value_dim + d,

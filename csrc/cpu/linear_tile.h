@@ -49,7 +49,7 @@ struct Fetch {
   static constexpr int rows = Rows;
 
   template <class T>
-  static inline __attribute__((always_inline)) void line(const T* next, int64_t stride, int row) {
+  CLLM_INLINE void line(const T* next, int64_t stride, int row) {
     if (row >= Rows) return;
     if (Ahead) __builtin_prefetch(next + row * stride + Ahead * linear_step<T>, 0, 2);
     __builtin_prefetch(next + row * stride, 0, 2);
