@@ -14,13 +14,13 @@ DTYPES = (torch.float32, torch.bfloat16)
 LAYER_ROWS = 512
 
 
-def fast_rows(dtype: torch.dtype, inputs: int) -> int:
+def fast_rows(dtype: torch.dtype) -> int:
     """How many rows the C++ kernel takes before torch's is the faster one.
 
-    Measured with AVX-512 (benchmarks/test_linear.py). oneDNN packs weights in bfloat16, which pays for many rows, and
-    the earlier the shorter the sums are.
+    Measured with AVX-512 (benchmarks/test_linear.py). For more rows oneDNN's packed weights pay, where the CPU multiplies
+    bfloat16; where it does not, the C++ kernel stayed twice as fast.
     """
-    return LAYER_ROWS if dtype == torch.float32 else 128 if inputs >= 512 else 64
+    return 128 if dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() == "avx512bf16" else LAYER_ROWS
 
 
 def window_linear(
@@ -125,7 +125,7 @@ def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
     backend = resolve_cpu(backend, x.device)
     outputs, inputs = weight.shape
     rows = x.numel() // inputs
-    if backend == "torch" or not 1 <= rows <= fast_rows(x.dtype, inputs):
+    if backend == "torch" or not 1 <= rows <= fast_rows(x.dtype):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     if bias is not None:

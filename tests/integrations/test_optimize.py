@@ -112,7 +112,6 @@ def test_a_window_gives_the_bits_of_single_tokens(family, dtype):
 @pytest.mark.parametrize("family", KNOWN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_window_runs_by_the_ops_and_a_long_prompt_in_parts(family, dtype, calls):
-    """In bfloat16 torch's kernels, which pack weights, are the faster ones for long prompts."""
     model = make_model(family, dtype=dtype)
     tokens = torch.randint(3, VOCABULARY, (3, LAYER_ROWS // 2))
     plain, _ = window_forward(model, tokens)
@@ -121,9 +120,20 @@ def test_a_window_runs_by_the_ops_and_a_long_prompt_in_parts(family, dtype, call
         assert calls == {"window_qkv": 2, "window_mlp": 2, "window_linear": 1}  # the last is the LM head
         calls.clear()
         got, _ = window_forward(model, tokens)
-    parts = 2 * 2 if dtype == torch.float32 else 0
-    assert calls.get("window_qkv", 0) == calls.get("window_mlp", 0) == parts
-    torch.testing.assert_close(got, plain, **dict(rtol=1e-4, atol=1e-4) if parts else dict(rtol=0, atol=0.05))
+    assert calls["window_qkv"] == calls["window_mlp"] == 2 * 2
+    torch.testing.assert_close(got, plain, **dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0, atol=0.05))
+
+
+def test_where_a_cpu_has_amx_long_prompts_in_bf16_are_left_to_torch(calls, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    for dtype, times in ((torch.float32, 2 * 2), (torch.bfloat16, 0)):
+        model, counts = make_model("llama", dtype=dtype), []
+        with optimize(model):
+            for length in (16, LAYER_ROWS + 1):
+                calls.clear()
+                window_forward(model, torch.randint(3, VOCABULARY, (1, length)))
+                counts.append(calls.get("window_mlp", 0))
+        assert counts == [2, times]
 
 
 @pytest.mark.parametrize("length", [0, 9])
@@ -149,15 +159,66 @@ def test_the_last_layer_leaves_out_what_nobody_asks_for(family, length):
             bounds[0] = length
         whole, buffers = forward(tokens, None), [tensor.clone() for tensor in cache._buffers[1]]
         torch.testing.assert_close(forward(tokens, keep), whole, rtol=1e-5, atol=1e-5)
-        rows = slice(length, length + 11)  # the cache gets all
-        for mine, other in zip(cache._buffers[1], buffers):
-            assert torch.equal(mine[:, :, rows], other[:, :, rows])
+        for mine, other in zip(cache._buffers[1], buffers):  # the cache gets all, but padding
+            for row, first in enumerate(bounds.amax(0)):
+                assert torch.equal(mine[row, :, first : length + 11], other[row, :, first : length + 11])
         for module in (model.model, model.model.layers[-1], model.model.norm, model.lm_head):
             see = lambda module, args, output: seen.append(getattr(output, "last_hidden_state", output).shape[1])  # noqa: E731
             hook = module.register_forward_hook(see)
             torch.testing.assert_close(forward(tokens, keep), whole, rtol=1e-5, atol=1e-5)
             hook.remove()
     assert seen == [11, 11, 11, keep]
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Tokens that each call of `window_qkv` gets."""
+    seen, op = [], module_under_test.window_qkv
+
+    def see(x, *arguments):
+        seen.append(x.shape[0] * x.shape[1])
+        return op(x, *arguments)
+
+    monkeypatch.setattr(module_under_test, "window_qkv", see)
+    return seen
+
+
+def prefill(model, inputs, **options):
+    options = dict(do_sample=False, max_new_tokens=1) | options
+    return JacobiGenerator(model, JacobiConfig(block_size=4)).generate(**inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", KNOWN)
+def test_padding_of_prompts_is_left_out(family, dtype, rows, monkeypatch):
+    """And what comes out has the bits that it has with it."""
+    model, inputs = make_model(family, seed=6, dtype=dtype), make_prompts(5)
+    options = dict(output_logits=True, return_dict_in_generate=True, max_new_tokens=12)
+    packed = prefill(model, inputs, **options)
+    drafts = 5 * 3
+    assert rows[:2] == [int(inputs["attention_mask"].sum()) + drafts] * 2
+    rows.clear()
+    monkeypatch.setattr(module_under_test, "_packing", lambda *arguments: None)
+    padded = prefill(model, inputs, **options)
+    assert rows[:2] == [inputs["input_ids"].numel() + drafts] * 2
+    assert torch.equal(packed.sequences, padded.sequences)
+    assert all(torch.equal(one, other) for one, other in zip(packed.logits, padded.logits, strict=True))
+
+
+def test_padding_stays_where_a_hook_would_miss_it_or_a_row_has_nothing_else(rows):
+    model, inputs = make_model("llama", seed=6), make_prompts(5)
+    want, shape = prefill(model, inputs), (5, inputs["input_ids"].shape[1] + 3)
+    seen = []
+    for module in model.model.layers:
+        rows.clear()
+        hook = module.register_forward_hook(lambda module, args, output: seen.append(output.shape[:2]))
+        assert torch.equal(prefill(model, inputs), want)
+        hook.remove()
+        assert rows == [5 * shape[1]] * 2
+    assert seen == [shape, shape]
+    mask = as_mask(torch.tensor([[0, 0], [0, 6]], dtype=torch.int32))
+    assert module_under_test._packing(mask, 9, 4) is None and module_under_test._packing(mask, 10, 4) is not None
+    assert module_under_test._packing(as_mask(torch.tensor([[6, 9], [0, 6]], dtype=torch.int32)), 10, 4) is None
 
 
 @pytest.mark.parametrize("family", KNOWN)
