@@ -29,12 +29,14 @@ class _Row:
         self.extend(tokens)
 
     def extend(self, tokens: list[int]) -> None:
-        for token in tokens:
-            # Only now does something follow the n-grams that end here, so a suffix never finds itself.
-            end = len(self.tokens)
-            for size in range(SHORTEST, min(LONGEST, end) + 1):
-                self.places[tuple(self.tokens[end - size :])].append(end)
-            self.tokens.append(token)
+        old = len(self.tokens)
+        self.tokens += tokens
+        for size in range(SHORTEST, LONGEST + 1):
+            # The n-grams that something follows only now; the one at the end waits, so that a suffix never finds itself.
+            first = max(old - size, 0)
+            shifted = (self.tokens[first + shift : -1] for shift in range(size))
+            for place, gram in enumerate(zip(*shifted, strict=False), first + size):
+                self.places[gram].append(place)
 
     def recycle(self, predictions: list[int]) -> None:
         for end in range(RECYCLED, len(predictions)):

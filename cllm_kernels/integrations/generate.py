@@ -146,7 +146,7 @@ def jacobi_generate(
     config = JacobiConfig(
         block_size, mode, draft, candidates, blocks, adaptive, seed, cuda_graph, backend, record_trajectory, optimize
     )
-    attention = _check_model(model)
+    attention = _check_model(model, model_kwargs.get(CACHE_NAME))
     _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
     pads = _check_inputs(input_ids, model_kwargs)
@@ -281,15 +281,19 @@ class JacobiGenerator:
             if given is not None:
                 kwargs["generation_config"] = _without_stop_strings(given)
         returns_dict = kwargs.pop("return_dict_in_generate", None)
-        call = functools.partial(
-            jacobi_generate,
-            **dataclasses.asdict(config),
+        options = dict(
             generator=kwargs.pop("generator", None),
             text_streamer=kwargs.pop("streamer", None),
             on_commit=kwargs.pop("on_commit", None),
             compiled=self.model if hasattr(self.model, "_orig_mod") else None,
             memory=self._memory,
+            **{name: getattr(config, name) for name in names},
         )
+
+        # generate looks at the signature twice, which takes long with as many parameters as jacobi_generate has
+        def call(*args, **model_kwargs):
+            return jacobi_generate(*args, **model_kwargs, **options)
+
         with stop_strings_hidden(self.causal_lm) as model:
             output = type(model).generate(
                 model, inputs, return_dict_in_generate=True, custom_generate=call, **kwargs
@@ -386,8 +390,11 @@ def _causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return model.get_base_model()
 
 
-def _check_model(model: PreTrainedModel) -> str:
-    """Checks that a model can be decoded; returns with which attention, see :func:`attention_kind`."""
+def _check_model(model: PreTrainedModel, cache: DynamicCache | None = None) -> str:
+    """Checks that a model can be decoded; returns with which attention, see :func:`attention_kind`.
+
+    cache: of the model as it is, where generate has made one.
+    """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not hasattr(model, "generate"):
         raise TypeError(f"the model is a {name}; Jacobi decoding takes a causal LM of transformers")
@@ -400,7 +407,8 @@ def _check_model(model: PreTrainedModel) -> str:
         raise NotImplementedError(f"the model is spread over {len(devices)} devices; Jacobi decoding takes one")
     text = model.config.get_text_config(decoder=True)
     others = set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES
-    if others or not getattr(DynamicCache(config=text), "is_croppable", True):
+    cache = cache if type(cache) is DynamicCache else DynamicCache(config=text)
+    if others or not getattr(cache, "is_croppable", True):
         detail = f" (layer types {', '.join(sorted(others))})" if others else ""
         raise NotImplementedError(f"the cache of {name} cannot roll back{detail}, which Jacobi decoding needs")
     return attention_kind(model)
@@ -462,7 +470,7 @@ def _check_inputs(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         mask = torch.ones_like(input_ids)
     _check_mask_shape(mask, input_ids)
     seen = mask.to(input_ids.device).bool()
-    if bool((seen != seen.cummax(1).values).any()) or not bool(seen[:, -1].all()):
+    if not seen.all() and not (seen[:, -1].all() and (seen == seen.cummax(1).values).all()):
         raise ValueError("attention_mask must be zeros, then ones, in every row: batches are padded on the left, no row is empty")
     pads = (width - seen.sum(1)).to(torch.int32)
     if positions is not None:

@@ -65,27 +65,24 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     """
     plan = _plan(model, backend)
     try:
-        for make, modules in (
-            (_swapped_linear, plan.linears), (_swapped_layer, plan.layers), (_swapped_decoder, plan.decoders)
-        ):  # fmt: skip
-            for module in modules.values():
-                # not by setattr, which would look for parameters and submodules
-                module.__dict__["forward"] = make(module)
+        for module, forward in plan.forwards:
+            module.__dict__["forward"] = forward  # not by setattr, which would look for parameters and submodules
         yield Optimized(tuple(plan.linears), tuple(plan.layers), tuple(plan.decoders), dict(plan.left))
     finally:
-        for module in (*plan.linears.values(), *plan.layers.values(), *plan.decoders.values()):
+        for module, _ in plan.forwards:
             module.__dict__.pop("forward", None)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What can be swapped in a model, by name, and why the rest cannot, while `facts` hold."""
+    """What can be swapped in a model, by name, why the rest cannot, and what it is swapped for, while `facts` hold."""
 
     facts: list
     linears: dict[str, nn.Module]
     layers: dict[str, nn.Module]
     decoders: dict[str, nn.Module]
     left: dict[str, str]
+    forwards: list[tuple[nn.Module, Callable]]
 
 
 # Plans hold modules inside a model, so their ids in `facts` cannot pass to others; the model itself they must not hold.
@@ -98,7 +95,7 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
     plan = _plans.get(model)
     if plan is not None and plan.facts == facts:
         return plan
-    plan = _Plan(facts, {}, {}, {}, {})
+    plan = _Plan(facts, {}, {}, {}, {}, [])
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             reason, swapped = _linear_reason(module, backend), plan.linears
@@ -114,6 +111,10 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
     for name, module in model.named_modules():
         if _is_decoder(module) and module.layers and all(layer in swapped for layer in module.layers):
             plan.decoders[name] = module
+    for make, modules in (
+        (_swapped_linear, plan.linears), (_swapped_layer, plan.layers), (_swapped_decoder, plan.decoders)
+    ):  # fmt: skip
+        plan.forwards.extend((module, make(module)) for module in modules.values())
     if model not in (*plan.linears.values(), *swapped, *plan.decoders.values()):
         _plans[model] = plan
     return plan
@@ -125,7 +126,7 @@ def _facts(model: nn.Module, backend: str) -> list:
     for module in submodules(model):
         own = module.__dict__
         hooks = bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
-        facts.append((id(module), type(module), "forward" in own, hooks))
+        facts.append((id(module), type(module), "forward" in own, hooks, id(own["_parameters"])))
         facts.extend((name, id(child)) for name, child in own["_modules"].items())
         for name, tensor in own["_parameters"].items():
             if type(tensor) is nn.Parameter:
@@ -154,7 +155,7 @@ def _swapped_layer(layer: nn.Module) -> Callable:
     attention, mlp = layer.self_attn, layer.mlp
     first, second = layer.input_layernorm, layer.post_attention_layernorm
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    window = _FAMILIES[_family(layer)](attention) or 0
+    window = _FAMILIES[_family(layer)]
     query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
     gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
     rows = _most_rows(query["weight"].dtype)
@@ -191,7 +192,7 @@ def _swapped_layer(layer: nn.Module) -> Callable:
             q = q[:, -keep:]
             hidden_states = hidden_states[:, -keep:] if packing is None else packing.last(hidden_states, keep)
         attended, _ = block_attention(
-            q, keys, values, lengths, starts, attention.scaling, window, 0.0, None, branch, cache.backend
+            q, keys, values, lengths, starts, attention.scaling, window(attention) or 0, 0.0, None, branch, cache.backend
         )
         attended = attended.flatten(2)
         if packing is not None and keep is None:
@@ -277,7 +278,6 @@ def _in_parts(call: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]
 
 def _swapped_decoder(model: nn.Module) -> Callable:
     before = type(model).forward.__get__(model)
-    *layers, last = all_layers = list(model.layers)[: model.config.num_hidden_layers]
 
     def forward(
         input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
@@ -289,6 +289,7 @@ def _swapped_decoder(model: nn.Module) -> Callable:
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 inputs_embeds=inputs_embeds, use_cache=use_cache, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
+        *layers, last = all_layers = list(model.layers)[: model.config.num_hidden_layers]
         hidden = model.embed_tokens(input_ids)
         angles = model.rotary_emb(hidden, position_ids=position_ids)
         options = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **{CACHE_NAME: cache})

@@ -291,6 +291,7 @@ def test_undone_after_an_exception(monkeypatch):
         raise RuntimeError("in the middle")
 
     monkeypatch.setattr(module_under_test, "_swapped_linear", fail)
+    model = make_model()
     with pytest.raises(RuntimeError, match="in the middle"), optimize(model):
         pass
     assert not any("forward" in module.__dict__ for module in model.modules())
