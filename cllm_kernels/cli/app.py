@@ -147,6 +147,7 @@ def bench(
     ] = None,
     compiled: Annotated[bool, typer.Option(help="Measure transformers' compiled AR too.")] = True,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
 ) -> None:
@@ -155,16 +156,18 @@ def bench(
         torch.set_num_threads(threads)
     if workload not in ("spider", "gsm8k", "humaneval"):
         _fail(ValueError(f"workload is {workload!r}; allowed are spider, gsm8k and humaneval"))
+    if dtype not in ("float32", "bfloat16", "float16"):
+        _fail(ValueError(f"dtype is {dtype!r}; allowed are float32, bfloat16 and float16"))
     chosen = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in model or ())
     chosen = chosen or {name: f"models/spider-{name}" for name in ("target", "cllm")}
     try:
         rows = _bench.run(
             chosen, workload, data, prompts, batch or [1], block_size or [16], max_new_tokens, rounds, draft_model,
-            compiled, device, console,
+            compiled, device, getattr(torch, dtype), console,
         )  # fmt: skip
     except (OSError, ValueError, NotImplementedError) as error:
         _fail(error)
-    Console(width=max(console.width, 130)).print(_bench.table(rows))
+    Console(width=max(console.width, 140)).print(_bench.table(rows))
     if json_path:
         json_path.write_text(json.dumps(rows, indent=1) + "\n")
 

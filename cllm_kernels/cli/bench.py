@@ -22,6 +22,7 @@ from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase
 from ..comparison import device_name, load_model, take_turns
 from ..decoding import CACHE_NAME, JacobiConfig, JacobiStatistics
 from ..integrations.generate import JacobiGenerator
+from ..integrations.verification import verify
 from ..spider import exact_match, is_degenerate, prompt_for
 
 Run = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, JacobiStatistics | None]]
@@ -142,13 +143,14 @@ def run(
     draft: str | None,
     compiled: bool,
     device: str,
+    dtype: torch.dtype,
     console: Console,
 ) -> list[dict]:
     """One row for each model, batch size and method."""
-    draft_model = load_model(draft)[0].to(device) if draft else None
+    draft_model = load_model(draft, dtype)[0].to(device) if draft else None
     rows = []
     for name, path in models.items():
-        model, tokenizer = load_model(path)
+        model, tokenizer = load_model(path, dtype)
         model.to(device).eval()
         entries = read_workload(workload, data, prompts)
         for batch in batches:
@@ -195,7 +197,7 @@ def _measure(
     turns = take_turns(runs, encoded, rounds, model.device, functools.partial(track, description=title, console=console))
     seconds = [[statistics.median(taken for taken, _ in prompt) for prompt in own] for own in turns]
     starts = dict(zip(first, seconds[len(found) :], strict=True))
-    prefills, outputs, statistics_of = [], [], []
+    prefills, outputs, statistics_of, certificates = [], [], [], []
     for index, own in enumerate(turns[: len(found)]):
         counts = [[run for _, (_, run) in prompt] for prompt in own]
         prefills.append(
@@ -205,6 +207,12 @@ def _measure(
         widths = [inputs["input_ids"].shape[1] for inputs in encoded]
         outputs.append(
             [prompt[0][1][0][:, width:].tolist() for prompt, width in zip(own, widths, strict=True)]
+        )
+        certificates.append(
+            [
+                verify(model, **inputs, output=prompt[0][1][0], max_new_tokens=max_new_tokens, do_sample=False)
+                for inputs, prompt in zip(encoded, own, strict=True)
+            ]
         )
     stop = {model.generation_config.eos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
     flat = [[_cut(row, stop) for rows in method for row in rows] for method in outputs]
@@ -240,6 +248,9 @@ def _measure(
                 "speedup": tokens / sum(seconds[index]) / base,
                 "speedup_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3,
                 "equal_to_hf_ar": _mean(own == ar for own, ar in zip(flat[index], flat[0], strict=True)),
+                # tokens that are not the argmax of their prefix, and those of them that rounding decided
+                "mismatches": sum(len(certificate.mismatches) for certificate in certificates[index]),
+                "near_ties": sum(certificate.near_ties for certificate in certificates[index]),
                 "exact_match": _mean(graded) if graded else None,
                 "degenerate": _mean(map(is_degenerate, flat[index])),
                 "fast_forwarded": sum(c.fast_forwarded for c in counts) / sequences if counts else None,
@@ -317,7 +328,7 @@ def table(rows: list[dict]) -> Table:
         view.add_column(heading, no_wrap=True)
     for heading in (
         "batch", "n", "tokens/s", "without\nprefill", "ms/\nforward", "tokens/\nforward", "speed-\nup", "quartiles", "equal\nto AR",
-        "exact\nmatch", "MiB",
+        "near-\nties", "exact\nmatch", "MiB",
     ):  # fmt: skip
         view.add_column(heading, justify="right", no_wrap=True)
 
@@ -331,6 +342,7 @@ def table(rows: list[dict]) -> Table:
             f"{row['tokens_per_second']:.0f}", f"{row['decode_tokens_per_second']:.0f}", show(row["ms_per_forward"], ".2f"),
             show(row["tokens_per_forward"], ".2f"),
             f"{row['speedup']:.2f}x", f"{quartiles[0]:.2f}-{quartiles[2]:.2f}", f"{row['equal_to_hf_ar']:.1%}",
+            f"{row['near_ties']} of {row['mismatches']}" if row["mismatches"] else "",
             show(row["exact_match"], ".1%"), show((row["peak_memory_bytes"] or float("nan")) / 2**20, ".0f"),
         )  # fmt: skip
     return view

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 from typer.testing import CliRunner
 
+from cllm_kernels.cli import bench as bench_module
 from cllm_kernels.cli.app import app
+from cllm_kernels.integrations.verification import Mismatch
 
 
 def bench(tmp_path, *arguments):
@@ -26,7 +29,7 @@ def test_rows(tmp_path):
     names += ["jacobi_auto", "jacobi_auto_candidates"]
     assert [row["method"] for row in rows] == ["hf_ar", "hf_prompt_lookup", *names, "hf_ar", *names]
     for row in rows:
-        assert row["equal_to_hf_ar"] == 1 and row["prompts"] == 4
+        assert row["equal_to_hf_ar"] == 1 and row["prompts"] == 4 and row["mismatches"] == 0 and row["dtype"] == "float32"
         assert row["tokens_per_second"] > 0 and row["decode_tokens_per_second"] > 0 and row["peak_memory_bytes"] > 0
         assert 0 <= row["exact_match"] <= 1 and len(row["speedup_quartiles"]) == 3
         if row["method"] == "jacobi_window":
@@ -35,6 +38,26 @@ def test_rows(tmp_path):
             assert row["tokens_per_forward"] == 1 and row["fast_forwarded"] == 0
     assert rows[0]["speedup"] == 1
     assert "jacobi_window" in result.output
+
+
+def test_half_precision(tmp_path, monkeypatch):
+    """What is not the argmax is counted, and whether it is a near-tie."""
+    found = iter([[False], [True], [True, False]])
+
+    def verify(model, output, **options):
+        true = original(model, output=output, **options)
+        assert true.lossless
+        planted = [Mismatch(0, 0, 5, 6, 0.1, 0.2, near_tie) for near_tie in next(found, ())]
+        return dataclasses.replace(true, mismatches=tuple(planted))
+
+    original = bench_module.verify
+    monkeypatch.setattr(bench_module, "verify", verify)
+    result, rows = bench(tmp_path, "--prompts", "2", "--block-size", "8", "--dtype", "bfloat16")
+    assert result.exit_code == 0, result.output
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+    counts = [(row["mismatches"], row["near_ties"]) for row in rows]
+    assert counts == [(2, 1), (2, 1), *[(0, 0)] * (len(rows) - 2)]
+    assert "1 of 2" in result.output
 
 
 def test_other_texts(tmp_path):
@@ -48,7 +71,11 @@ def test_other_texts(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--workload", "mmlu"], "allowed are spider"), (["--workload", "humaneval", "--data", "/nowhere"], "no prompts at")],
+    [
+        (["--workload", "mmlu"], "allowed are spider"),
+        (["--dtype", "int8"], "allowed are float32, bfloat16"),
+        (["--workload", "humaneval", "--data", "/nowhere"], "no prompts at"),
+    ],
 )
 def test_refused(tmp_path, arguments, message):
     result, rows = bench(tmp_path, *arguments)
