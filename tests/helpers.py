@@ -92,8 +92,8 @@ class Frames:
 class Planted(LookupDrafts):
     """Candidates of which some go on as the output does, for a while."""
 
-    def __init__(self, prompt, starts, order, expected, seed):
-        super().__init__(prompt, starts, order)
+    def __init__(self, prompt, starts, order, lone, expected, seed):
+        super().__init__(prompt, starts, order, lone)
         self.expected = expected
         self.random = random.Random(seed)
 

@@ -3,6 +3,7 @@
 from .adaptive import AdaptiveChoice
 from .cache import CACHE_NAME, JacobiCache
 from .config import JacobiConfig
+from .drafts import LoneToken
 from .loop import Decoded, decode
 from .processing import Processing, Stopping, is_stateful
 from .session import Forward, Session
@@ -16,6 +17,7 @@ __all__ = [
     "JacobiCache",
     "JacobiConfig",
     "JacobiStatistics",
+    "LoneToken",
     "Processing",
     "RowStatistics",
     "Session",

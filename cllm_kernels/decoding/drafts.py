@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -10,28 +12,55 @@ import torch
 
 from ..ops import JacobiState
 
-# Longest and shortest n-gram that is looked up. With one token alone, what followed it last is too often wrong.
-LONGEST, SHORTEST = 4, 2
+# Tokens of the n-grams that are looked up, in that order.
+SIZES = (8, 4, 2)
 # Of rejected predictions, which are less often right, so many tokens must agree.
 RECYCLED = 3
 # Places that are looked at for each n-gram, the latest first.
 _PLACES = 8
+# What a step weighs, one step later.
+_DECAY = 0.95
+
+
+@dataclasses.dataclass
+class LoneToken:
+    """Whether to look up one token alone, where no n-gram is found: only where what followed it last is right more often
+    than the draft that stands there.
+
+    On texts that a model repeats or copies it is, and against the random drafts and poor predictions of a model that is
+    no CLLM; a CLLM's predictions are the better ones. So the two are compared in every step in which they differ, and
+    steps count for less the longer ago they are.
+    """
+
+    score: float = 0.0
+
+    @property
+    def pays(self) -> bool:
+        return self.score > 0
+
+    def observe(self, token: int, found: int, draft: int) -> None:
+        """What a step committed, and the two guesses at it."""
+        if found != draft:
+            self.score = _DECAY * self.score + (token == found) - (token == draft)
 
 
 class _Row:
     """Tokens of one row, with the places behind each n-gram."""
 
-    def __init__(self, tokens: list[int]):
+    def __init__(self, tokens: list[int], lone: LoneToken):
+        self.lone = lone
         self.tokens: list[int] = []
         self.places: dict[tuple[int, ...], list[int]] = defaultdict(list)
         # rejected predictions, with the place in them behind each n-gram
         self.recycled: dict[tuple[int, ...], list[tuple[list[int], int]]] = defaultdict(list)
+        # what followed the last token before, and what the window has for the next one; None where either is missing
+        self.guesses: tuple[int, int] | None = None
         self.extend(tokens)
 
     def extend(self, tokens: list[int]) -> None:
         old = len(self.tokens)
         self.tokens += tokens
-        for size in range(SHORTEST, LONGEST + 1):
+        for size in (*SIZES, 1):
             # The n-grams that something follows only now; the one at the end waits, so that a suffix never finds itself.
             first = max(old - size, 0)
             shifted = (self.tokens[first + shift : -1] for shift in range(size))
@@ -56,37 +85,57 @@ class _Row:
         return found
 
     def _continuations(self, count: int) -> Iterator[list[int]]:
-        for size in range(min(LONGEST, len(self.tokens)), SHORTEST - 1, -1):
-            for place in itertools.islice(reversed(self.places.get(tuple(self.tokens[-size:]), ())), _PLACES):
-                tokens = self.tokens[place : place + count]
-                # A repetition whose end is not known yet goes on as it began.
-                period = len(self.tokens) - place
-                while len(tokens) < count:
-                    tokens.append(tokens[len(tokens) - period])
-                yield tokens
+        for size in SIZES:
+            yield from self._behind(size, count)
         recycled = self.recycled.get(tuple(self.tokens[-RECYCLED:]), ())
         for predictions, end in itertools.islice(reversed(recycled), _PLACES):
             yield predictions[end : end + count]
+        if self.lone.pays:
+            yield from self._behind(1, count)
+
+    def _behind(self, size: int, count: int) -> Iterator[list[int]]:
+        """What followed the last ``size`` tokens, the latest place first."""
+        for place in itertools.islice(reversed(self.places.get(tuple(self.tokens[-size:]), ())), _PLACES):
+            tokens = self.tokens[place : place + count]
+            # A repetition whose end is not known yet goes on as it began.
+            period = len(self.tokens) - place
+            while len(tokens) < count:
+                tokens.append(tokens[len(tokens) - period])
+            yield tokens
+
+    def guess(self, drafts: list[int]) -> None:
+        """Takes down what `lone` compares when the step is done."""
+        places = self.places.get((self.tokens[-1],))
+        self.guesses = (self.tokens[places[-1]], drafts[0]) if places and drafts else None
 
 
 class LookupDrafts:
     """Prompt lookup, and an n-gram pool of what was committed and of predictions that were rejected.
 
     Where the last tokens of a row occurred before, the tokens behind that place become the drafts; else, where they
-    occurred in a rejected prediction, what followed them there; else the drafts of Jacobi decoding stay. Longer n-grams
-    come first, then later places. Prompt lookup: Saxena, 2023; a pool of rejected n-grams: Fu et al., 2024,
-    arXiv:2402.02057. It reads what was committed on the host, after every iteration.
+    occurred in a rejected prediction, what followed them there; else what followed the last token alone, where that pays;
+    else the drafts of Jacobi decoding stay. Longer n-grams come first, then later places. Prompt lookup: Saxena, 2023; a
+    pool of rejected n-grams: Fu et al., 2024, arXiv:2402.02057. It reads what was committed on the host, after every
+    iteration.
 
     Args:
         prompt: int64 ``[B, P]``, left padded.
         starts: first valid column of each row.
         order: which row of the prompt each row of a state is, looked up in every call; None where all stay in place.
+        lone: what earlier prompts taught, which each row begins with; None begins anew.
     """
 
-    def __init__(self, prompt: torch.Tensor, starts: list[int], order: list[int] | None = None):
-        self.rows = [_Row(row[start:]) for row, start in zip(prompt.tolist(), starts, strict=True)]
+    def __init__(
+        self, prompt: torch.Tensor, starts: list[int], order: list[int] | None = None, lone: LoneToken | None = None
+    ):
+        score = 0.0 if lone is None else lone.score
+        self.rows = [_Row(row[start:], LoneToken(score)) for row, start in zip(prompt.tolist(), starts, strict=True)]
         self.produced = [0] * len(self.rows)
         self.order = list(range(len(self.rows))) if order is None else order
+
+    def learnt(self) -> float:
+        """The score of `LoneToken` that the next prompt begins with."""
+        return statistics.fmean(row.lone.score for row in self.rows)
 
     def observe(self, state: JacobiState) -> None:
         """Takes in what the last step committed and what it predicted behind that."""
@@ -97,7 +146,11 @@ class LookupDrafts:
             row, old = self.rows[place], self.produced[place]
             if new == old:
                 continue
-            row.extend(state.output[index, old:new].tolist())
+            tokens = state.output[index, old:new].tolist()
+            if row.guesses is not None:
+                row.lone.observe(tokens[0], *row.guesses)
+                row.guesses = None
+            row.extend(tokens)
             if not done[index]:
                 # refilled drafts are no predictions
                 now = iterations[index]
@@ -113,6 +166,8 @@ class LookupDrafts:
     def propose_(self, state: JacobiState) -> None:
         """Replaces drafts of the window where an n-gram is found."""
         windows = state.window.tolist()
+        for place, window in zip(self.order, windows, strict=False):
+            self.rows[place].guess(window[1:])
         found = self._continuations(windows, state, 1)
         if any(found):
             windows = [_with_drafts(window, *best) for window, best in zip(windows, found, strict=True)]

@@ -13,7 +13,7 @@ from ..ops import JacobiState
 from .adaptive import AdaptiveChoice
 from .branches import Branches
 from .config import JacobiConfig
-from .drafts import LookupDrafts
+from .drafts import LoneToken, LookupDrafts
 from .processing import Processing, Stopping
 from .session import Session, check_status, converge, run_chunks, runs_on_device
 from .statistics import JacobiStatistics, RowStatistics
@@ -47,6 +47,7 @@ def decode(
     backend: str,
     processing: Processing,
     choices: dict[int, AdaptiveChoice] | None = None,
+    lone: LoneToken | None = None,
     stopping: Stopping | None = None,
     keep_scores: bool = False,
     keep_logits: bool = False,
@@ -66,6 +67,7 @@ def decode(
         processing: of the logits.
         choices: what earlier calls learnt, where the configuration adapts; None begins anew. There is one choice for 1,
             2, up to 4, up to 8 … rows, since a step's cost depends on their number.
+        lone: what earlier calls learnt, where drafts are looked up; None begins anew.
         stopping: criteria besides EOS and length; None for none.
         keep_scores, keep_logits: whether to return them.
         on_commit: called with the newly committed tokens of row 0 after every iteration.
@@ -79,7 +81,7 @@ def decode(
     windows = _Windows(session)
     choices = {} if choices is None else choices
     choice = None
-    lookup = LookupDrafts(prompt, starts.tolist(), session.order) if config.looks_up else None
+    lookup = LookupDrafts(prompt, starts.tolist(), session.order, lone) if config.looks_up else None
     branches = Branches(session, config, processing, backend) if config.candidates > 1 else None
     source, candidates = config.sources[0]
     records: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
@@ -171,6 +173,8 @@ def decode(
         steps[step] = steps.get(step, 0) + 1
         forwards += 1
     end = time.perf_counter()
+    if lone is not None and lookup is not None:
+        lone.score = lookup.learnt()
 
     state = session.whole
     produced = state.produced.tolist()

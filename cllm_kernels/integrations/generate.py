@@ -29,6 +29,7 @@ from ..decoding import (
     JacobiCache,
     JacobiConfig,
     JacobiStatistics,
+    LoneToken,
     Processing,
     Session,
     Stopping,
@@ -162,6 +163,7 @@ def jacobi_generate(
     choices = None
     if config.adapts and memory is not None:
         choices = memory.setdefault(("choices", config.width, config.sources), {})
+    lone = memory.setdefault(("lone",), LoneToken()) if memory is not None and config.looks_up else None
     returns_dict = bool(generation_config.return_dict_in_generate)
     keep_scores = returns_dict and bool(generation_config.output_scores)
     prompt = input_ids.to(model.device)
@@ -169,6 +171,7 @@ def jacobi_generate(
     options = dict(
         processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
         choices=choices,
+        lone=lone,
         stopping=Stopping(criteria, prompt) if criteria else None,
         keep_scores=keep_scores,
         keep_logits=returns_dict and bool(generation_config.output_logits),

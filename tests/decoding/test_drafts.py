@@ -11,7 +11,7 @@ from helpers import Planted, make_model, make_prompts
 from transformers import LogitsProcessor, StoppingCriteria
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
-from cllm_kernels.decoding import AdaptiveChoice, JacobiCache, loop
+from cllm_kernels.decoding import AdaptiveChoice, JacobiCache, LoneToken, loop
 from cllm_kernels.decoding.drafts import LookupDrafts
 from cllm_kernels.ops import JacobiState
 
@@ -29,9 +29,56 @@ def test_what_followed_the_last_tokens_follows_again():
     LookupDrafts(torch.tensor(prompt), [0, 0, 0]).propose_(state)
     assert state.window[0].tolist() == [6, 7, 8, 5, 6, 7]  # found, and goes on as a repetition
     assert state.window[1].tolist() == [1, 2, 3, 1, 2, 3]
-    assert torch.equal(state.window[2], before[2])  # one token alone is not looked up
+    assert torch.equal(state.window[2], before[2])  # one token alone is not looked up yet
     changed = state.window != before
     assert torch.equal(state.since[changed], torch.ones_like(state.since[changed]))
+
+
+def test_one_token_alone_is_looked_up_where_that_pays():
+    prompt = [[4, 5, 4, 6, 9, 8, 4]]
+    state = state_for(prompt, width=3)
+    lookup = LookupDrafts(torch.tensor(prompt), [0])
+    state.window[0, 1:] = torch.tensor([7, 7])
+
+    def step(*committed):
+        produced = int(state.produced)
+        state.output[0, produced : produced + len(committed)] = torch.tensor(committed)
+        state.produced.add_(len(committed))
+        state.window.copy_(torch.tensor([[committed[-1], 7, 7]]))
+        lookup.observe(state)
+
+    lookup.propose_(state)
+    assert state.window.tolist() == [[4, 7, 7]]
+    step(6, 4)  # what came behind 4 last, and not the draft
+    assert lookup.learnt() == 1
+    lookup.propose_(state)
+    assert state.window.tolist() == [[4, 6, 4]]  # all that is known behind the last 4, which goes on as it began
+    step(7, 7, 7, 4)  # now the draft was right
+    assert lookup.learnt() == pytest.approx(-0.05)
+    lookup.propose_(state)
+    step(9, 4)  # both were wrong, and the same
+    assert lookup.learnt() == pytest.approx(-0.05)
+    lookup.propose_(state)
+    assert state.window.tolist() == [[4, 7, 7]]
+    step(8)  # both were wrong
+    assert lookup.learnt() == pytest.approx(-0.05 * 0.95)
+    # the next prompt begins with what others taught
+    for score, drafts in ((0.5, [6, 9]), (-0.5, [7, 7])):
+        state = state_for(prompt, width=3)
+        state.window[0, 1:] = torch.tensor([7, 7])
+        LookupDrafts(torch.tensor(prompt), [0], lone=LoneToken(score)).propose_(state)
+        assert state.window.tolist() == [[4, *drafts]]
+
+
+def test_a_generator_remembers_whether_one_token_alone_pays():
+    generator = JacobiGenerator(MODEL, JacobiConfig(draft="lookup", block_size=4))
+    options = dict(do_sample=False, max_new_tokens=30, logits_processor=[Cycle()])
+    expected = MODEL.generate(**make_prompts(2), **options)
+    scores = []
+    for _ in range(2):
+        assert torch.equal(generator.generate(**make_prompts(2), **options), expected)
+        scores.append(generator._memory["lone",].score)
+    assert scores[0] != 0 and scores[1] != scores[0]
 
 
 def test_the_longest_match_and_the_latest_place_win():
@@ -39,7 +86,7 @@ def test_the_longest_match_and_the_latest_place_win():
     state = state_for(prompt, width=3)
     LookupDrafts(torch.tensor(prompt), [0, 0]).propose_(state)
     assert state.window[:, 1].tolist() == [8, 8]
-    prompt = [[3, 1, 2, 7, 5, 1, 2, 8, 3, 1, 2]]
+    prompt = [[6, 3, 1, 2, 7, 5, 1, 2, 8, 6, 3, 1, 2]]
     state = state_for(prompt, width=3)
     LookupDrafts(torch.tensor(prompt), [0]).propose_(state)
     assert state.window[0].tolist() == [2, 7, 5]
@@ -115,14 +162,14 @@ def test_lookup_gains_on_repetitions_with_an_untuned_model(config, least):
 
 
 class Alternate(LogitsProcessor):
-    """After 5 6 7 8 9, the tokens 10 11 12 ... and 20 21 22 ... follow by turns."""
+    """After 30 31 ... 39, the tokens 10 11 ... 15 and 20 21 ... 25 follow by turns."""
 
     def __call__(self, input_ids, scores):
         scores = torch.full_like(scores, -100.0)
         for row, tokens in enumerate(input_ids.tolist()):
-            last, turn = tokens[-1], tokens.count(9) % 2
-            after = {9: 20 if turn else 10, 15: 5, 25: 5}
-            scores[row, after.get(last, last + 1 if last in range(5, 26) else 5)] = 100.0
+            last, turn = tokens[-1], tokens.count(39) % 2
+            after = {39: 20 if turn else 10, 15: 30, 25: 30}
+            scores[row, after.get(last, last + 1 if last in range(10, 39) else 30)] = 100.0
         return scores
 
 

@@ -64,7 +64,7 @@ def check_that_they_left(batches, statistics):
     tokens = [row.tokens for row in statistics.rows]
     assert tokens == [90, 44, 58, 2, 12, 22]
     assert {row.stopped_by for row in statistics.rows} == {"eos", "length"}
-    assert batches[0] == ROWS and batches[-1] == 1
+    assert batches[0] == ROWS > batches[-1]
     # a forward has no row that had ended before it
     assert sum(batches) == sum(row.iterations for row in statistics.rows)
 
