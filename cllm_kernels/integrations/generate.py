@@ -560,7 +560,7 @@ def _session(
             return session
     bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
     bounds[1] = pads
-    state = dataclasses.replace(state, lengths=bounds[0])
+    state.lengths.set_(bounds[0])  # not a new state, whose fields would be checked again
     capacity = width + extra - 1 + output + config.candidates * config.width
     forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
     session = Session(forward, state, bounds, max_position, cache)
