@@ -14,6 +14,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .. import backends
 from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, window_linear, window_mlp, window_qkv
@@ -225,11 +226,11 @@ def _swapped_layer(layer: nn.Module) -> Callable:
 def _most_rows(dtype: torch.dtype) -> float:
     """How many rows a decoder layer takes; more than the ops take go in parts.
 
-    On CPUs with and without bfloat16 its layers were measured to be faster than torch's at every number of rows. With
-    AMX, which was not measured, oneDNN multiplies much faster, so that long prompts are left to it.
+    With AVX2 and AVX-512, with and without bfloat16, it was measured to be faster than torch's at every number of rows.
+    Other CPUs and those with AMX, where oneDNN multiplies bfloat16 much faster, were not measured; there it takes windows.
     """
-    amx = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
-    return fast_rows(dtype) if amx else math.inf
+    measured = backends.EXTENSION.cpu_isa() != "baseline" and not torch.cpu._is_amx_tile_supported()
+    return math.inf if measured or dtype == torch.float32 else fast_rows(dtype)
 
 
 class _Packing:

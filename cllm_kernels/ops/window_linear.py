@@ -17,10 +17,11 @@ LAYER_ROWS = 512
 def fast_rows(dtype: torch.dtype) -> int:
     """How many rows the C++ kernel takes before torch's is the faster one.
 
-    Measured with AVX-512 (benchmarks/test_linear.py). For more rows oneDNN's packed weights pay, where the CPU multiplies
-    bfloat16; where it does not, the C++ kernel stayed twice as fast.
+    For more rows oneDNN's packed weights pay, where the CPU multiplies bfloat16; with AVX-512 and AVX2 alone the C++ kernel
+    stayed twice as fast (benchmarks/test_linear.py). Other CPUs were not measured.
     """
-    return 128 if dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() == "avx512bf16" else LAYER_ROWS
+    slower = dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() in ("avx512bf16", "baseline")
+    return 128 if slower else LAYER_ROWS
 
 
 def window_linear(
