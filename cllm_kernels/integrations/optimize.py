@@ -53,10 +53,10 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     """Runs the linear layers of ``model`` by the package's own kernels inside the context, and as before after it.
 
     Weights stay where they are: nothing is copied or packed, so the state dict, ``save_pretrained`` and weights that
-    change are not concerned. Calls that need gradients, run under autocast or have more rows than a decoding window go
-    to torch as before. Linear layers of another class (quantised ones, adapters), with weights of another kind or with
-    a forward that was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2
-    and Qwen3 decode a window in a few calls, where nothing inside them has hooks or was changed.
+    change are not concerned. Calls that need gradients, run under autocast or have more rows than pay go to torch as
+    before. Linear layers of another class (quantised ones, adapters), with weights of another kind or with a forward that
+    was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3 decode
+    a window in a few calls, and leave out the padding of prompts, where nothing inside them has hooks or was changed.
 
     :class:`cllm_kernels.JacobiConfig` has an option, on by default, that does this for each call of generate. Nothing
     is swapped where the C++ kernels do not run, as on a GPU.
