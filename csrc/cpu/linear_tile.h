@@ -211,8 +211,9 @@ void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* 
   }
 }
 
+// All rows, of which x stays in the L2 cache.
 template <class T>
-void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * p.weight_stride; };
   const T* last = next ? static_cast<const T*>(next) : weights(end);
   const auto run = [&](auto outputs) {
@@ -235,6 +236,23 @@ void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next)
   if (p.rows <= 2) return run(std::integral_constant<int, tile_outputs(1)>{});
   if (p.rows == 3) return run(std::integral_constant<int, tile_outputs(3)>{});
   run(std::integral_constant<int, tile_outputs(4)>{});
+}
+
+// Many rows go in blocks, so that the outputs of a task find x in the cache.
+template <class T>
+void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+  constexpr int64_t block_bytes = 256 << 10, least_rows = 4 * linear_rows;
+  const int64_t block = maximum(block_bytes / p.x_bytes / linear_rows * linear_rows, least_rows);
+  if (p.rows <= block) return linear_block<T>(p, begin, end, next);
+  const int64_t count = (p.rows + block - 1) / block, tiles = (p.rows + linear_rows - 1) / linear_rows;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = tiles * i / count * linear_rows, after = minimum(tiles * (i + 1) / count * linear_rows, p.rows);
+    LinearParams part = p;
+    part.x = static_cast<const char*>(p.x) + row * p.x_bytes;
+    part.out = static_cast<T*>(p.out) + row * p.out_stride;
+    part.rows = after - row;
+    linear_block<T>(part, begin, end, i + 1 < count ? static_cast<const T*>(p.weight) + begin * p.weight_stride : next);
+  }
 }
 
 }  // namespace
