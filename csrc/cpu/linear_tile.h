@@ -118,21 +118,26 @@ CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w,
 }
 #endif
 
+// Rows a page apart share a few sets of the caches. With many of them it pays to move them.
 template <class T>
 size_t linear_row_size(const LinearParams& p) {
-  return linear_converts<T> ? round_up(p.inputs, linear_step<T>) * sizeof(Input<T>) : 0;
+  if (linear_converts<T>) return round_up(p.inputs, linear_step<T>) * sizeof(Input<T>);
+  const int64_t bytes = p.inputs * sizeof(T);
+  return p.rows > 16 * linear_rows && bytes % 4096 == 0 ? bytes + 64 : 0;
 }
 
-// A row of x as the kernel reads it, with zeros up to a whole number of steps.
+// A row of x as the kernel reads it; what is converted, with zeros up to a whole number of steps.
 template <class T>
 void linear_inputs(const LinearParams& p, int64_t row, void* to) {
+  const T* x = reinterpret_cast<const T*>(static_cast<const char*>(p.x) + row * p.x_bytes);
   if constexpr (linear_converts<T>) {
-    const T* x = reinterpret_cast<const T*>(static_cast<const char*>(p.x) + row * p.x_bytes);
     for (int64_t k = 0; k < p.inputs; k += linear_step<T>) {
       const vuint pairs = load_register<vuint, true>(x + k, minimum(linear_step<T>, p.inputs - k));
       store(static_cast<float*>(to) + k, reinterpret_cast<vfloat>(pairs << 16));
       store(static_cast<float*>(to) + k + native, reinterpret_cast<vfloat>(pairs & 0xffff0000u));
     }
+  } else {
+    memcpy(to, x, p.inputs * sizeof(T));
   }
 }
 

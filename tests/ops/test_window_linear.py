@@ -90,8 +90,12 @@ def test_linear_equals_the_reference(rows, dtype, backend):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(
-    "sizes", [(1, 1, 24, 4, 2, 8, 40), (2, 5, 37, 3, 1, 6, 51), (1, 16, 64, 7, 1, 10, 96), (4, 16, 100, 4, 4, 16, 33)]
-)
+    "sizes",
+    [
+        (1, 1, 24, 4, 2, 8, 40), (2, 5, 37, 3, 1, 6, 51), (1, 16, 64, 7, 1, 10, 96), (4, 16, 100, 4, 4, 16, 33),
+        (2, 45, 1024, 2, 1, 8, 2048),  # in blocks of rows, which are moved apart
+    ],
+)  # fmt: skip
 def test_layers_equal_the_reference(sizes, extras, dtype, backend):
     *shape, heads, kv_heads, dim, inner = sizes
     check("qkv", make_qkv(*shape, heads, kv_heads, dim, dtype, extras), backend)
@@ -108,14 +112,14 @@ def single_row(arguments, index):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [2, 3, 5, 8, 16, 17, 64, 200])
+@pytest.mark.parametrize("rows", [2, 3, 5, 8, 16, 17, 64, 99, 200])
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows, dtype, backend):
     if backend == "torch":
         pytest.skip("torch's own linear does not promise this")
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            for outputs, inputs in (*SHAPES, (700, 1500)):
+            for outputs, inputs in (*SHAPES, (700, 1500), (30, 4096)):
                 if rows > LINEAR.fast_rows(dtype):
                     continue  # torch's own linear runs
                 x, weight, bias = make_linear(rows, outputs, inputs, dtype)
@@ -129,6 +133,7 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows, dtype, backend)
                 (window_qkv, make_qkv(1, rows, 37, 3, 1, 6, dtype)),
                 (window_mlp, make_mlp(1, rows, 37, 18, 51, dtype)),
                 (window_mlp, make_mlp(1, rows, 300, 300, 1100, dtype)),
+                (window_mlp, make_mlp(1, rows, 1024, 16, 2048, dtype)),
             ):
                 for row in {0, rows // 2, rows - 1}:
                     alone, together = op(*single_row(arguments, row), backend=backend), op(*arguments, backend=backend)
