@@ -17,8 +17,8 @@ LAYER_ROWS = 512
 def fast_rows(dtype: torch.dtype) -> int:
     """How many rows the C++ kernel takes before torch's is the faster one.
 
-    For more rows oneDNN's packed weights pay, where the CPU multiplies bfloat16; with AVX-512 and AVX2 alone the C++ kernel
-    stayed twice as fast (benchmarks/test_linear.py). Other CPUs were not measured.
+    Times of up to 64 rows are in benchmarks/test_linear.py. With more, oneDNN's packed weights pay where the CPU multiplies
+    bfloat16; with AVX-512 and AVX2 alone the C++ kernel stayed twice as fast, up to 512. Other CPUs were not measured.
     """
     slower = dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() in ("avx512bf16", "baseline")
     return 128 if slower else LAYER_ROWS
