@@ -41,6 +41,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         "-mprefer-vector-width=512", "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own avx512fintrin.h
     ]  # fmt: skip
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+    ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 
 
 # Compute capabilities that code is made for, beside PTX of the last one for those to come. Code for 8.0 runs on 8.6 and

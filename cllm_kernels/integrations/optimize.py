@@ -226,10 +226,12 @@ def _swapped_layer(layer: nn.Module) -> Callable:
 def _most_rows(dtype: torch.dtype) -> float:
     """How many rows a decoder layer takes; more than the ops take go in parts.
 
-    With AVX2 and AVX-512, with and without bfloat16, it was measured to be faster than torch's at every number of rows.
-    Other CPUs and those with AMX, where oneDNN multiplies bfloat16 much faster, were not measured; there it takes windows.
+    With AVX2, AVX-512, with and without bfloat16, and AMX it was measured to be faster than torch's at every number of
+    rows. Other CPUs were not measured, and oneDNN multiplies bfloat16 much faster where it alone uses AMX; there a layer
+    takes windows.
     """
-    measured = backends.EXTENSION.cpu_isa() != "baseline" and not torch.cpu._is_amx_tile_supported()
+    isa = backends.EXTENSION.cpu_isa()
+    measured = isa == "amx" or isa != "baseline" and not torch.cpu._is_amx_tile_supported()
     return math.inf if measured or dtype == torch.float32 else fast_rows(dtype)
 
 

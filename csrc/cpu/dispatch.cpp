@@ -1,6 +1,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 namespace cllm::cpu {
@@ -11,6 +17,17 @@ struct Isa {
   const Kernels* kernels;
   bool supported;
 };
+
+#if defined(__x86_64__)
+// Whether the CPU has tiles of bfloat16 and the kernel lets this process use them, for which it wants to be asked.
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & bf16) && (d & tiles) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+}
+#endif
 
 // Worst first.
 const std::vector<Isa>& isas() {
@@ -25,6 +42,7 @@ const std::vector<Isa>& isas() {
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")});
     list.push_back({"avx512bf16", &kernels_avx512bf16,
                     list.back().supported && __builtin_cpu_supports("avx512bf16")});
+    list.push_back({"amx", &kernels_amx, list.back().supported && has_amx()});
 #endif
     return list;
   }();

@@ -3,6 +3,7 @@
 
 #include "argmax.h"
 #include "attention_tile.h"
+#include "linear_amx.h"
 #include "linear_tile.h"
 #include "rotary.h"
 #include "row_ops.h"
@@ -37,16 +38,26 @@ void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t spl
   }
 }
 
-size_t linear_row_size_any(const LinearParams& p) {
-  return p.dtype == DType::f32 ? linear_row_size<float>(p) : linear_row_size<bf16_t>(p);
+#if defined(__AMX_BF16__)
+constexpr auto bf16_layout = amx_layout;
+constexpr auto bf16_inputs = amx_inputs;
+constexpr auto bf16_linear = amx_linear;
+#else
+constexpr auto bf16_layout = linear_layout<bf16_t>;
+constexpr auto bf16_inputs = linear_inputs<bf16_t>;
+constexpr auto bf16_linear = linear<bf16_t>;
+#endif
+
+LinearLayout linear_layout_any(const LinearParams& p) {
+  return p.dtype == DType::f32 ? linear_layout<float>(p) : bf16_layout(p);
 }
 
 void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
-  return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : linear_inputs<bf16_t>(p, row, to);
+  return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : bf16_inputs(p, row, to);
 }
 
 void linear_any(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
-  return p.dtype == DType::f32 ? linear<float>(p, begin, end, next) : linear<bf16_t>(p, begin, end, next);
+  return p.dtype == DType::f32 ? linear<float>(p, begin, end, next) : bf16_linear(p, begin, end, next);
 }
 
 // Calls `body` with a null pointer of the type that `dtype` names, float32 or bfloat16.
@@ -116,7 +127,7 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 }  // namespace
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
-    scratch_size, partial_size,      attend_any, merge_any,  linear_row_size_any, linear_inputs_any, linear_any,
+    scratch_size, partial_size,      attend_any, merge_any,  linear_layout_any, linear_inputs_any, linear_any,
     rms_norm_any, silu_multiply_any, add_any,    scale_logits_any, argmax_any,    sample_any, rotate_any,
 };
 

@@ -32,6 +32,13 @@ struct Noise {
   int32_t token;
 };
 
+// How `linear` takes a layer.
+struct LinearLayout {
+  int64_t outputs;   // those of a task are a multiple of these
+  int64_t rows;      // x is written in groups of so many rows, the last one as if it were whole
+  size_t row_bytes;  // of x then; 0: it is read where it lies
+};
+
 struct Kernels {
   // Floats of scratch memory, 64-byte aligned, that `attend` and `merge` need.
   size_t (*scratch_size)(const AttentionParams&, int64_t count);
@@ -39,8 +46,8 @@ struct Kernels {
   void (*attend)(const AttentionParams&, const AttentionTask&, float* scratch);
   // Joins the partial results of `splits` tasks that differ in their keys only and stand one behind the other.
   void (*merge)(const AttentionParams&, const AttentionTask& first, int64_t splits);
-  // Bytes of a row of x as `linear` reads it; 0: it reads x where it lies. Else `linear_inputs` writes it.
-  size_t (*linear_row_size)(const LinearParams&);
+  LinearLayout (*linear_layout)(const LinearParams&);
+  // Writes the group of rows of x that begins with `row`, unless `linear` reads x where it lies.
   void (*linear_inputs)(const LinearParams&, int64_t row, void* to);
   // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote. `next`: weights that are
   // read after these, or null where they lie behind them.
@@ -67,6 +74,7 @@ extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;
 
 // Instruction sets that were compiled, worst first, and those among them that this CPU has.
 std::vector<std::string> compiled_isas();

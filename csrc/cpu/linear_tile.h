@@ -118,12 +118,14 @@ CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w,
 }
 #endif
 
-// Rows a page apart share a few sets of the caches. With many of them it pays to move them.
+// A task's outputs are a multiple of what every register tile holds. Rows a page apart share a few sets of the caches.
+// With many of them it pays to move them.
 template <class T>
-size_t linear_row_size(const LinearParams& p) {
-  if (linear_converts<T>) return round_up(p.inputs, linear_step<T>) * sizeof(Input<T>);
+LinearLayout linear_layout(const LinearParams& p) {
+  constexpr int64_t outputs = 24;
+  if (linear_converts<T>) return {outputs, 1, round_up(p.inputs, linear_step<T>) * sizeof(Input<T>)};
   const int64_t bytes = p.inputs * sizeof(T);
-  return p.rows > 16 * linear_rows && bytes % 4096 == 0 ? bytes + 64 : 0;
+  return {outputs, 1, p.rows > 16 * linear_rows && bytes % 4096 == 0 ? static_cast<size_t>(bytes) + 64 : 0};
 }
 
 // A row of x as the kernel reads it; what is converted, with zeros up to a whole number of steps.

@@ -19,8 +19,8 @@ namespace {
 constexpr int64_t parallel_work = 300'000, parallel_mlp_work = 1'500'000;
 // Reading a weight takes one row as long as these many rows take to compute.
 constexpr int64_t memory_rows = 6;
-// Outputs of a task: a multiple of what every register tile holds. Several tasks a thread even out other load.
-constexpr int64_t task_outputs = 24, tasks_per_thread = 8;
+// Several tasks a thread even out other load.
+constexpr int64_t tasks_per_thread = 8;
 
 // Bytes of logits that a thread holds until it has looked for the largest, and how many outputs that are at most: few
 // enough for the L2 cache, and enough that starting a search costs nothing.
@@ -33,36 +33,52 @@ int64_t work_of(const LinearParams& p) { return p.outputs * p.inputs * std::max(
 // The team that runs `work` multiply-adds.
 int team_size(int64_t work, int threads, int64_t least = parallel_work) { return work < least ? 1 : threads; }
 
-int64_t outputs_per_task(int64_t outputs, int team) {
+int64_t outputs_per_task(int64_t outputs, int64_t multiple, int team) {
   const int64_t wanted = team == 1 ? outputs : (outputs + team * tasks_per_thread - 1) / (team * tasks_per_thread);
-  return (wanted + task_outputs - 1) / task_outputs * task_outputs;
+  return (wanted + multiple - 1) / multiple * multiple;
 }
 
 LinearParams layer(const LinearWeights& w, const void* x, int64_t inputs, void* out, int64_t rows, DType dtype) {
   return {x, w.weight, w.bias, out, inputs * element_size(dtype), w.stride, w.outputs, rows, inputs, w.outputs, dtype};
 }
 
-// x as the kernel reads it: where it lies, or in memory of its own.
+// x as the kernel reads it: where it lies, or in memory of its own, written by groups of rows.
 struct Inputs {
-  Inputs(const Kernels& run, const LinearParams& p) : run(run), params(p), row_size(run.linear_row_size(p)) {}
+  Inputs(const Kernels& run, const LinearParams& p) : run(run), params(p), layout(run.linear_layout(p)) {}
 
-  size_t size() const { return params.rows * row_size; }
+  int64_t groups() const { return (params.rows + layout.rows - 1) / layout.rows; }
+  size_t size() const { return groups() * layout.rows * layout.row_bytes; }
 
-  void prepare(int64_t row, char* memory) const {
-    if (row_size) run.linear_inputs(params, row, memory + row * row_size);
+  void prepare(int64_t group, char* memory) const {
+    const int64_t row = group * layout.rows;
+    if (layout.row_bytes) run.linear_inputs(params, row, memory + row * layout.row_bytes);
+  }
+
+  // All groups, by the threads of a parallel region.
+  void prepare_all(char* memory) const {
+    if (!layout.row_bytes) return;
+#pragma omp for schedule(static)
+    for (int64_t group = 0; group < groups(); ++group) prepare(group, memory);
+  }
+
+  // The same once `each_row` has made the group's rows of x.
+  template <class EachRow>
+  void prepare(int64_t group, char* memory, const EachRow& each_row) const {
+    for (int64_t i = group * layout.rows; i < std::min((group + 1) * layout.rows, params.rows); ++i) each_row(i);
+    prepare(group, memory);
   }
 
   LinearParams prepared(LinearParams p, const char* memory) const {
-    if (row_size) {
+    if (layout.row_bytes) {
       p.x = memory;
-      p.x_bytes = row_size;
+      p.x_bytes = layout.row_bytes;
     }
     return p;
   }
 
   const Kernels& run;
   LinearParams params;
-  size_t row_size;
+  LinearLayout layout;
 };
 
 // Pieces of the scratch memory, each at a multiple of 64 bytes.
@@ -125,8 +141,8 @@ class Tasks {
 // A layer's outputs as tasks. Inside a parallel region `run` computes this thread's part of them.
 class LayerTasks {
  public:
-  LayerTasks(const LinearParams& p, int team)
-      : params_(p), step_(outputs_per_task(p.outputs, team)), tasks_((p.outputs + step_ - 1) / step_, team) {}
+  LayerTasks(const LinearParams& p, int64_t multiple, int team)
+      : params_(p), step_(outputs_per_task(p.outputs, multiple, team)), tasks_((p.outputs + step_ - 1) / step_, team) {}
 
   void run(const Kernels& kernels, int thread) {
     for (int64_t task; (task = tasks_.take(thread)) >= 0;)
@@ -147,13 +163,14 @@ void linear(const LinearParams& params, int threads) {
   Pieces pieces;
   pieces.add(inputs.size());
   char* memory = pieces.reserve();
-  for (int64_t row = 0; row < params.rows; ++row) inputs.prepare(row, memory);
   const LinearParams p = inputs.prepared(params, memory);
   const int team = team_size(work_of(p), threads);
-  if (team == 1) return run.linear(p, 0, p.outputs, nullptr);
-  LayerTasks tasks(p, team);
-#pragma omp parallel num_threads(team)
-  tasks.run(run, omp_get_thread_num());
+  LayerTasks tasks(p, inputs.layout.outputs, team);
+#pragma omp parallel num_threads(team) if (team > 1)
+  {
+    inputs.prepare_all(memory);
+    tasks.run(run, omp_get_thread_num());
+  }
 }
 
 void lm_head_argmax(const HeadParams& p, int threads) {
@@ -162,19 +179,20 @@ void lm_head_argmax(const HeadParams& p, int threads) {
   const int64_t item = element_size(whole.dtype), rows = whole.rows;
   const Inputs inputs(run, whole);
   const int team = team_size(work_of(whole), threads);
-  const int64_t most = std::clamp(head_bytes / (rows * item), task_outputs, head_outputs) / task_outputs * task_outputs;
-  const int64_t step = std::min(most, outputs_per_task(whole.outputs, team));
+  const int64_t multiple = inputs.layout.outputs;
+  const int64_t most = std::clamp(head_bytes / (rows * item), multiple, head_outputs) / multiple * multiple;
+  const int64_t step = std::min(most, outputs_per_task(whole.outputs, multiple, team));
   Pieces pieces;
   pieces.add(inputs.size());
   const size_t logits_at = pieces.add(0), logits_size = (rows * step * item + 63) / 64 * 64;
   pieces.add(team * logits_size);
   char* memory = pieces.reserve();
-  for (int64_t row = 0; row < rows; ++row) inputs.prepare(row, memory);
   const LinearParams prepared = inputs.prepared(whole, memory);
   std::vector<Best> found(team * rows, Best{-INFINITY, whole.outputs, false});
   Tasks tasks((whole.outputs + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
+    inputs.prepare_all(memory);
     const int thread = omp_get_thread_num();
     char* logits = memory + logits_at + thread * logits_size;
     for (int64_t task; (task = tasks.take(thread)) >= 0;) {
@@ -225,7 +243,7 @@ void qkv(const QkvParams& p, int threads) {
     outputs += layer.outputs;
   }
   const int team = team_size(work, threads);
-  const int64_t step = outputs_per_task(outputs, team);
+  const int64_t step = outputs_per_task(outputs, inputs.layout.outputs, team);
   int64_t first[4] = {};  // task of each layer
   for (int i = 0; i < 3; ++i) first[i + 1] = first[i] + (layers[i].outputs + step - 1) / step;
   Tasks tasks(first[3], team);
@@ -233,11 +251,11 @@ void qkv(const QkvParams& p, int threads) {
 #pragma omp parallel num_threads(team) if (team > 1)
   {
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.rows; ++row) {
-      run.rms_norm(static_cast<const char*>(p.x) + row * row_bytes, p.norm, p.eps, p.hidden, normed + row * row_bytes,
-                   p.dtype);
-      inputs.prepare(row, prepared);
-    }
+    for (int64_t group = 0; group < inputs.groups(); ++group)
+      inputs.prepare(group, prepared, [&](int64_t row) {
+        run.rms_norm(static_cast<const char*>(p.x) + row * row_bytes, p.norm, p.eps, p.hidden, normed + row * row_bytes,
+                     p.dtype);
+      });
     for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const int i = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
       const int64_t begin = (task - first[i]) * step;
@@ -284,25 +302,22 @@ void mlp(const MlpParams& p, int threads) {
   const LinearParams down = down_inputs.prepared(down_inputs.params, memory + down_inputs_at);
   const int64_t work = work_of(output) + work_of(gates) + work_of(ups) + work_of(down);
   const int team = team_size(work, threads, parallel_mlp_work);
-  const int64_t step = outputs_per_task(inner, team);
-  LayerTasks output_tasks(output, team), down_tasks(down, team);
+  const int64_t multiple = attended.layout.outputs, step = outputs_per_task(inner, multiple, team);
+  LayerTasks output_tasks(output, multiple, team), down_tasks(down, multiple, team);
   Tasks tasks((inner + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int thread = omp_get_thread_num();
-    if (attended.row_size) {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < p.rows; ++row) attended.prepare(row, memory + attended_at);
-    }
+    attended.prepare_all(memory + attended_at);
     output_tasks.run(run, thread);
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t row = 0; row < p.rows; ++row) {
-      char* here = out + row * row_bytes;
-      run.add(static_cast<const char*>(p.x) + row * row_bytes, sum + row * row_bytes, p.hidden, here, p.dtype);
-      run.rms_norm(here, p.norm, p.eps, p.hidden, normed + row * row_bytes, p.dtype);
-      gate_inputs.prepare(row, memory + gate_inputs_at);
-    }
+    for (int64_t group = 0; group < gate_inputs.groups(); ++group)
+      gate_inputs.prepare(group, memory + gate_inputs_at, [&](int64_t row) {
+        char* here = out + row * row_bytes;
+        run.add(static_cast<const char*>(p.x) + row * row_bytes, sum + row * row_bytes, p.hidden, here, p.dtype);
+        run.rms_norm(here, p.norm, p.eps, p.hidden, normed + row * row_bytes, p.dtype);
+      });
     for (int64_t task; (task = tasks.take(thread)) >= 0;) {
       const int64_t begin = task * step, end = std::min(begin + step, inner);
       const auto row_of = [&](const LinearParams& layer, int64_t output) {
@@ -316,10 +331,7 @@ void mlp(const MlpParams& p, int threads) {
       }
     }
 #pragma omp barrier
-    if (down_inputs.row_size) {
-#pragma omp for schedule(static)
-      for (int64_t row = 0; row < p.rows; ++row) down_inputs.prepare(row, memory + down_inputs_at);
-    }
+    down_inputs.prepare_all(memory + down_inputs_at);
     down_tasks.run(run, thread);
 #pragma omp barrier
 #pragma omp for schedule(static)

@@ -124,8 +124,9 @@ def test_a_window_runs_by_the_ops_and_a_long_prompt_in_parts(family, dtype, call
     torch.testing.assert_close(got, plain, **dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0, atol=0.05))
 
 
-def test_where_a_cpu_has_amx_long_prompts_in_bf16_are_left_to_torch(calls, monkeypatch):
+def test_where_torch_alone_has_amx_long_prompts_in_bf16_are_left_to_it(calls, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(backends.EXTENSION, "cpu_isa", lambda: "avx512bf16")
     for dtype, times in ((torch.float32, 2 * 2), (torch.bfloat16, 0)):
         model, counts = make_model("llama", dtype=dtype), []
         with optimize(model):

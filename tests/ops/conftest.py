@@ -13,7 +13,7 @@ import torch
 from cllm_kernels import backends
 from cllm_kernels.ops import _tickets
 
-ISAS = ("baseline", "avx2", "avx512", "avx512bf16")
+ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
 
 
 @pytest.fixture(params=["torch", "triton", "cuda-emulated", *(f"cpp-{isa}" for isa in ISAS)])

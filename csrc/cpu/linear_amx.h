@@ -1,0 +1,244 @@
+// A linear layer in bfloat16 on AMX tiles. Included only by kernels.cpp.
+//
+// A tile of weights is 16 outputs by 32 inputs, read where it lies. x is written in panels of 16 rows, with pairs of
+// inputs of all rows side by side, as TDPBF16PS takes its second operand; a row alone lies like that as it is. A sum
+// goes through one element of an accumulator in the order of the inputs: its bits depend on its own row of x and its own
+// weights alone. Inputs that are no multiple of 32 go on with zeros.
+#pragma once
+
+#if defined(__AMX_BF16__)
+#include "kernels.h"
+#include "vec.h"
+
+namespace cllm::cpu {
+namespace {
+
+constexpr int64_t tile_rows = 16, tile_inputs = 32, tile_bytes = 1024;
+// Of a row of weights so many inputs are fetched ahead, about as far as the hardware needs to see that it is read on.
+constexpr int64_t fetched_inputs = 1024;
+// x that stays in the L2 cache, which has 2 MB on the CPUs that have AMX.
+constexpr int64_t amx_block_bytes = 1 << 20;
+
+// Lets no store or load pass the instructions on tiles, which the compiler does not know to touch memory.
+CLLM_INLINE void tile_barrier() { asm volatile("" ::: "memory"); }
+
+// The tiles: 0 to 3 are sums [outputs, columns], 4 and 5 weights [outputs, 32], 6 and 7 x [16 pairs, columns].
+void configure_tiles(int64_t outputs, int64_t columns) {
+  struct alignas(64) {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {};
+    uint8_t rows[16] = {};
+  } config;
+  for (int tile = 0; tile < 8; ++tile) {
+    config.row_bytes[tile] = tile == 4 || tile == 5 ? 64 : columns * 4;
+    config.rows[tile] = tile < 6 ? outputs : 16;
+  }
+  tile_barrier();
+  _tile_loadconfig(&config);
+}
+
+void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  // x[4 i + j] holds, of rows 4 i to 4 i + 3, column 4 k + j in its quarter k.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even[] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
+    const __m512i odd[] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
+    y[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    y[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    y[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+    y[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
+CLLM_INLINE __m512i load_inputs(const bf16_t* from, int64_t count) {
+  return count >= tile_inputs ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << count) - 1, from);
+}
+
+LinearLayout amx_layout(const LinearParams& p) {
+  if (p.rows == 1 && p.inputs % tile_inputs == 0) return {2 * tile_rows, 1, 0};
+  return {2 * tile_rows, p.rows == 1 ? 1 : tile_rows, round_up(p.inputs, tile_inputs) * sizeof(bf16_t)};
+}
+
+// A panel of x from `row` on: tiles over the inputs, each [16 pairs, rows].
+void amx_inputs(const LinearParams& p, int64_t row, void* to) {
+  const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
+  const int64_t rows = minimum(p.rows - row, tile_rows);
+  char* tile = static_cast<char*>(to);
+  for (int64_t k = 0; k < p.inputs; k += tile_inputs) {
+    const auto inputs = [&](int64_t i) {
+      return load_inputs(reinterpret_cast<const bf16_t*>(x + i * p.x_bytes) + k, p.inputs - k);
+    };
+    if (p.rows == 1) {
+      _mm512_storeu_si512(tile, inputs(0));
+      tile += 64;
+      continue;
+    }
+    __m512i pairs[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) pairs[i] = i < rows ? inputs(i) : __m512i{};
+    transpose(pairs);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + 64 * i, pairs[i]);
+    tile += tile_bytes;
+  }
+}
+
+// Writes sums [count, columns] of `rows` columns.
+template <int Columns>
+void amx_results(const LinearParams& p, const float* sums, int64_t row, int64_t rows, int64_t output, int64_t count) {
+  bf16_t* out = static_cast<bf16_t*>(p.out) + row * p.out_stride + output;
+  vfloat bias{};
+  if (p.bias) {
+    bf16_t values[tile_rows] = {};
+    memcpy(values, static_cast<const bf16_t*>(p.bias) + output, count * sizeof(bf16_t));
+    bias = load(values);
+  }
+  const auto write = [&](vfloat sum, bf16_t* to) {
+    if (p.bias) sum += bias;
+    const __m256bh rounded = _mm512_cvtneps_pbh(sum);
+    memcpy(to, &rounded, count * sizeof(bf16_t));
+  };
+  if constexpr (Columns == 1) {
+    write(load(sums), out);
+  } else {
+    __m512i columns[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) columns[i] = _mm512_load_si512(sums + i * Columns);
+    transpose(columns);
+    for (int64_t i = 0; i < rows; ++i) write(reinterpret_cast<vfloat>(columns[i]), out + i * p.out_stride);
+  }
+}
+
+// Outputs [output, output + count), of G tiles, of P panels from `row` on. Meanwhile lines of rows
+// [fetch_begin, fetch_end) of the weights at `next` are fetched into the L2 cache.
+template <int G, int P, int Columns>
+void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count, const bf16_t* next,
+              int64_t fetch_begin, int64_t fetch_end) {
+  const int64_t stride = p.weight_stride * sizeof(bf16_t), panel_bytes = Columns * p.x_bytes;
+  const bf16_t* weight = static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
+  const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
+  const auto add_products = [&](const char* w, int64_t w_stride, int64_t w_tile) {
+    _tile_loadd(4, w, w_stride);
+    _tile_loadd(6, x, 4 * Columns);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (P > 1) {
+      _tile_loadd(7, x + panel_bytes, 4 * Columns);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (G > 1) {
+      _tile_loadd(5, w + w_tile, w_stride);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (P > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    x += 64 * Columns;
+  };
+  _tile_zero(0);
+  if constexpr (P > 1) _tile_zero(1);
+  if constexpr (G > 1) _tile_zero(2);
+  if constexpr (G > 1 && P > 1) _tile_zero(3);
+  tile_barrier();
+  int64_t k = 0;
+  for (; k + tile_inputs <= p.inputs; k += tile_inputs) {
+    add_products(reinterpret_cast<const char*>(weight + k), stride, tile_rows * stride);
+    if (k >= fetched_inputs) continue;
+    for (int64_t i = fetch_begin; i < fetch_end; ++i) __builtin_prefetch(next + i * p.weight_stride + k, 0, 2);
+  }
+  alignas(64) char memory[2 * tile_bytes];
+  if (k < p.inputs) {
+    for (int64_t i = 0; i < count; ++i)
+      _mm512_store_si512(memory + 64 * i, load_inputs(weight + i * p.weight_stride + k, p.inputs - k));
+    tile_barrier();
+    add_products(memory, 64, tile_bytes);
+    tile_barrier();
+  }
+  float* sums = reinterpret_cast<float*>(memory);
+  const auto results = [&](int g, int panel) {
+    tile_barrier();
+    const int64_t first = row + panel * tile_rows;
+    amx_results<Columns>(p, sums, first, minimum(p.rows - first, tile_rows), output + g * tile_rows,
+                         minimum(count, tile_rows));
+    tile_barrier();
+  };
+  _tile_stored(0, sums, 4 * Columns);
+  results(0, 0);
+  if constexpr (P > 1) {
+    _tile_stored(1, sums, 4 * Columns);
+    results(0, 1);
+  }
+  if constexpr (G > 1) {
+    _tile_stored(2, sums, 4 * Columns);
+    results(1, 0);
+  }
+  if constexpr (G > 1 && P > 1) {
+    _tile_stored(3, sums, 4 * Columns);
+    results(1, 1);
+  }
+}
+
+// Rows [row, row_end), of which x stays in the L2 cache.
+template <int Columns>
+void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begin, int64_t end, const bf16_t* after) {
+  const int64_t panels = (row_end - row + tile_rows - 1) / tile_rows, pairs = (panels + 1) / 2;
+  for (int64_t output = begin; output < end;) {
+    const int64_t left = end - output;
+    // One tile where the memory binds: it gives more with half as many rows read at once.
+    const int64_t count = left >= 2 * tile_rows && pairs > 1 ? 2 * tile_rows : minimum(left, tile_rows);
+    if (count < tile_rows) configure_tiles(count, Columns);
+    const bf16_t* next =
+        count < left ? static_cast<const bf16_t*>(p.weight) + (output + count) * p.weight_stride : after;
+    for (int64_t i = 0; i < pairs; ++i) {
+      const int64_t first = row + 2 * i * tile_rows;
+      const int64_t fetch_begin = count * i / pairs, fetch_end = count * (i + 1) / pairs;
+      const auto tile = [&](auto groups, auto width) {
+        amx_tile<decltype(groups)::value, decltype(width)::value, Columns>(p, first, output, count, next, fetch_begin,
+                                                                          fetch_end);
+      };
+      using One = std::integral_constant<int, 1>;
+      using Two = std::integral_constant<int, 2>;
+      const bool wide = 2 * i + 1 < panels, tall = count > tile_rows;
+      if constexpr (Columns > 1) {
+        if (wide) {
+          tall ? tile(Two{}, Two{}) : tile(One{}, Two{});
+          continue;
+        }
+      }
+      tall ? tile(Two{}, One{}) : tile(One{}, One{});
+    }
+    if (count < tile_rows) configure_tiles(tile_rows, Columns);
+    output += count;
+  }
+}
+
+template <int Columns>
+void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+    const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
+  const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights(end);
+  const int64_t block = maximum(amx_block_bytes / maximum(p.x_bytes, 1) / (2 * tile_rows), 1) * 2 * tile_rows;
+  configure_tiles(tile_rows, Columns);
+  for (int64_t row = 0; row < p.rows; row += block)
+    amx_block<Columns>(p, row, minimum(row + block, p.rows), begin, end, row + block < p.rows ? weights(begin) : last);
+  _tile_release();
+}
+
+void amx_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+  p.rows == 1 ? amx_rows<1>(p, begin, end, next) : amx_rows<tile_rows>(p, begin, end, next);
+}
+
+}  // namespace
+}  // namespace cllm::cpu
+#endif
