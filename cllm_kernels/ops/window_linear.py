@@ -18,7 +18,8 @@ def fast_rows(dtype: torch.dtype) -> int:
     """How many rows the C++ kernel takes before torch's is the faster one.
 
     Times of up to 64 rows are in benchmarks/test_linear.py. With more, oneDNN's packed weights pay where the CPU multiplies
-    bfloat16; with AVX-512 and AVX2 alone the C++ kernel stayed twice as fast, up to 512. Other CPUs were not measured.
+    bfloat16 without AMX; with AVX-512 and AVX2 alone the C++ kernel stayed twice as fast, up to 512, and with AMX as fast.
+    Other CPUs were not measured.
     """
     slower = dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() in ("avx512bf16", "baseline")
     return 128 if slower else LAYER_ROWS
@@ -37,7 +38,7 @@ def window_linear(
     window, so that decoding token by token and by windows agree. Above `fast_rows` rows, and where the backend is
     "torch", torch's own linear runs, for which this does not hold.
 
-    With AVX-512 BF16, products of bfloat16 are added in pairs and numbers below float32's normal range count as 0.
+    With AVX-512 BF16 and AMX, products of bfloat16 are added in pairs and numbers below float32's normal range count as 0.
 
     For inference: gradients are not defined. Raises ValueError on shapes, dtypes, devices or strides that do not fit.
     """

@@ -7,16 +7,14 @@
 #pragma once
 
 #include <cmath>
+#include <utility>
 
+#include "attention_amx.h"
 #include "kernels.h"
 #include "vec.h"
 
 namespace cllm::cpu {
 namespace {
-
-constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Keys that are scored at a time: a multiple of every block_rows, and few enough to take a third of a 32 KiB L1 cache
 // beside the queries of one or two blocks of rows.
@@ -25,32 +23,6 @@ CLLM_INLINE int64_t score_tile(int64_t dim) { return maximum(24, minimum(96, 307
 // Keys of a softmax step: more, because each step loads, scales and stores the output once.
 CLLM_INLINE int64_t key_tile(int64_t dim) { return minimum(96, 2 * score_tile(dim)); }
 
-// The parts of the scratch memory, in floats; each starts at a multiple of 16.
-struct Layout {
-  int64_t rows, padded_rows, padded_value_dim, keys;
-  int64_t query, scores, output, peak, total, correction, lowest, highest, own, key, value, size;
-
-  Layout(const AttentionParams& p, int64_t count) {
-    rows = count * p.group();
-    padded_rows = round_up(rows, lanes);
-    padded_value_dim = round_up(p.value_dim, lanes);
-    keys = key_tile(p.dim);
-    query = 0;
-    scores = query + padded_rows * p.dim;
-    // Output, maxima and sums stand together: they are what a partial result consists of.
-    output = scores + keys * padded_rows;
-    peak = output + rows * padded_value_dim;
-    total = peak + padded_rows;
-    correction = total + padded_rows;
-    lowest = correction + padded_rows;
-    highest = lowest + padded_rows;
-    own = highest + padded_rows;
-    key = own + padded_rows;
-    value = key + round_up(keys * p.dim, lanes);
-    size = value + keys * padded_value_dim;
-  }
-};
-
 // Blocks of 16 lanes that are computed together, so that what is broadcast is loaded once for all: as many as keep their
 // sums in registers.
 #if defined(__AVX512F__)
@@ -58,6 +30,34 @@ constexpr int wide = 2;
 #else
 constexpr int wide = 1;
 #endif
+
+// The parts of the scratch memory, in floats; each starts at a multiple of 16.
+struct Layout {
+  int64_t rows, padded_rows, padded_value_dim, keys;
+  int64_t query, scores, output, peak, total, correction, lowest, highest, own, key, value, weights, sums, size;
+
+  Layout(const AttentionParams& p, int64_t count) {
+    rows = count * p.group();
+    padded_rows = round_up(rows, lanes);
+    padded_value_dim = round_up(p.value_dim, lanes);
+    keys = uses_tiles(p) ? amx_keys : key_tile(p.dim);
+    query = 0;
+    scores = query + padded_rows * p.dim;
+    // Output, maxima and sums stand together: they are what a partial result consists of.
+    output = scores + keys * padded_rows;
+    peak = output + padded_rows * padded_value_dim;
+    total = peak + padded_rows;
+    correction = total + padded_rows;
+    lowest = correction + padded_rows;
+    highest = lowest + padded_rows;
+    own = highest + padded_rows;
+    key = own + padded_rows;
+    value = key + round_up(keys * p.dim, lanes);
+    weights = value + keys * padded_value_dim;
+    sums = weights + (uses_tiles(p) ? 2 * lanes * keys : 0);
+    size = sums + (uses_tiles(p) ? 2 * lanes * padded_value_dim : 0);
+  }
+};
 
 // Keys or values that come later, fetched to the L2 cache while others are computed with, some in each step: of many
 // fetches at once a core drops most.
@@ -192,13 +192,22 @@ CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int6
       }
     }
 
-  vfloat old_peak[parts], new_peak[parts], shift[parts], sum[parts];
+  vfloat old_peak[parts], new_peak[parts], other_peak[parts], shift[parts], sum[parts];
 #pragma GCC unroll 4
-  for (int v = 0; v < parts; ++v) new_peak[v] = old_peak[v] = load(peak + v * native);
-  for (int64_t key = 0; key < keys; ++key)
+  for (int v = 0; v < parts; ++v) new_peak[v] = other_peak[v] = old_peak[v] = load(peak + v * native);
+  // Keeps the maximum where the score is NaN, which then shows in the sum. Two at a time, as one waits for itself.
+  for (int64_t key = 0; key + 1 < keys; key += 2)
 #pragma GCC unroll 4
-    for (int v = 0; v < parts; ++v)  // keeps the maximum where the score is NaN, which then shows in the sum
-      new_peak[v] = max(load(scores + key * stride + v * native), new_peak[v]);
+    for (int v = 0; v < parts; ++v) {
+      const float* here = scores + key * stride + v * native;
+      new_peak[v] = max(load(here), new_peak[v]);
+      other_peak[v] = max(load(here + stride), other_peak[v]);
+    }
+#pragma GCC unroll 4
+  for (int v = 0; v < parts; ++v) {
+    if (keys % 2) other_peak[v] = max(load(scores + (keys - 1) * stride + v * native), other_peak[v]);
+    new_peak[v] = max(other_peak[v], new_peak[v]);
+  }
 #pragma GCC unroll 4
   for (int v = 0; v < parts; ++v) {
     store(peak + v * native, new_peak[v]);
@@ -248,7 +257,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   float* query = scratch + at.query;
   float* scores = scratch + at.scores;
   float* output = task.partial ? task.partial : scratch + at.output;
-  float* peak = output + rows * value_dim;
+  float* peak = output + padded * value_dim;
   float* total = peak + padded;
   float* correction = scratch + at.correction;
   int32_t* lowest = reinterpret_cast<int32_t*>(scratch + at.lowest);
@@ -259,13 +268,24 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   // Scores and their maxima are in base 2: a power of 2 costs less than one of e.
   const float scale = p.scale * log2e, softcap = p.softcap * log2e;
 
-  // Queries, scaled and transposed to [16 rows][d][lane]; lanes beyond the last row repeat it and are not read.
+  // Queries, scaled and transposed to [16 rows][d][lane], or as tiles take them; lanes beyond the last row repeat it and
+  // are not read.
+  using Tiles = AttentionTiles<T>;
+  const bool tiles = Tiles::exist && uses_tiles(p);
+  const auto query_row = [&](int64_t row) {
+    const int64_t real = minimum(row, rows - 1);
+    return static_cast<const T*>(p.query.data) + task.row * p.query.strides[0] +
+           (task.first + real / group) * p.query.strides[1] + (task.head * group + real % group) * p.query.strides[2];
+  };
+  if constexpr (Tiles::exist)
+    if (tiles) Tiles::queries(query_row, padded, p.dim, query);
   for (int64_t row = 0; row < padded; ++row) {
-    const int64_t real = minimum(row, rows - 1), token = task.first + real / group;
-    const T* from = static_cast<const T*>(p.query.data) + task.row * p.query.strides[0] + token * p.query.strides[1] +
-                    (task.head * group + real % group) * p.query.strides[2];
-    float* to = query + row / lanes * lanes * p.dim + row % lanes;
-    for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * scale;
+    const int64_t token = task.first + minimum(row, rows - 1) / group;
+    if (!tiles) {
+      const T* from = query_row(row);
+      float* to = query + row / lanes * lanes * p.dim + row % lanes;
+      for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * scale;
+    }
     const int64_t inside = token % p.branch;
     const int64_t slid = p.sliding_window ? inside - p.sliding_window + 1 : -length;
     lowest[row] = static_cast<int32_t>(maximum(start, length + slid));
@@ -274,7 +294,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
     peak[row] = -INFINITY;
     total[row] = 0;
   }
-  memset(output, 0, sizeof(float) * rows * value_dim);
+  memset(output, 0, sizeof(float) * padded * value_dim);
 
   const T* key_rows = static_cast<const T*>(p.key_cache.data) + task.row * p.key_cache.strides[0] +
                       task.head * p.key_cache.strides[1];
@@ -296,15 +316,21 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   };
   const auto all_behind = [&](int64_t row) { return chain ? highest[row] + 1 : length; };
 
+  if constexpr (Tiles::exist) Tiles::configure();
   for (int64_t tile = task.key_begin; tile < task.key_end; tile += at.keys) {
     const int64_t tile_end = minimum(tile + at.keys, task.key_end);
 
-    const float *keys, *values;
-    int64_t key_stride, value_stride;
+    const float *keys = nullptr, *values = nullptr;
+    int64_t key_stride = 0, value_stride = 0;
+    bool packed = false;  // as tiles take the values
+    if constexpr (Tiles::exist)
+      if (tiles)
+        packed = Tiles::pack_values(value_rows + tile * p.value_cache.strides[2], p.value_cache.strides[2],
+                                    tile_end - tile, p.value_dim, scratch + at.value);
     if constexpr (std::is_same<T, float>::value) {
       keys = key_rows + tile * p.key_cache.strides[2];
       key_stride = p.key_cache.strides[2];
-    } else {
+    } else if (!tiles) {
       for (int64_t key = tile; key < tile_end; ++key)
         widen_row(key_rows + key * p.key_cache.strides[2], scratch + at.key + (key - tile) * p.dim, p.dim);
       keys = scratch + at.key;
@@ -313,7 +339,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
     if (in_place) {
       values = reinterpret_cast<const float*>(value_rows + tile * p.value_cache.strides[2]);
       value_stride = p.value_cache.strides[2];
-    } else {
+    } else if (!packed) {
       for (int64_t key = tile; key < tile_end; ++key)
         pack_values(value_rows + key * p.value_cache.strides[2], scratch + at.value + (key - tile) * lanes, at.keys,
                     p.value_dim);
@@ -321,33 +347,82 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       value_stride = lanes;
     }
 
-    // Meanwhile the first rows fetch the keys of the next tile, and further down its values.
-    const int64_t step = score_tile(p.dim);
-    for (int64_t part = tile; part < tile_end; part += step)
-      in_blocks(padded, [&](int64_t row, auto blocks) {
-        constexpr int W = decltype(blocks)::value;
-        const int64_t begin = maximum(part, least(row));
-        const int64_t end = minimum(minimum(part + step, tile_end), highest[row + W * lanes - 1] + 1);
-        for (int64_t key = begin; key < end; key += block_rows)
-          with_block<block_rows>(minimum(block_rows, end - key), [&](auto count) {
-            constexpr int R = decltype(count)::value;
-            const T* next = key_rows + (key + at.keys) * p.key_cache.strides[2];
-            score_keys<R, W>(query + row * p.dim, keys + (key - tile) * key_stride, key_stride, p.dim,
-                             scores + (key - tile) * padded + row, padded,
-                             {reinterpret_cast<const char*>(next), row ? 0 : R * int64_t{sizeof(T)}});
-          });
-      });
-
-    for (int64_t row = 0; row < padded; row += lanes) {
-      const int64_t begin = maximum(tile, least(row));
-      const int64_t end = minimum(tile_end, highest[row + lanes - 1] + 1);
+    const auto seen = [&](int64_t row, int64_t count) {
+      return std::make_pair(maximum(tile, least(row)), minimum(tile_end, highest[row + count - 1] + 1));
+    };
+    const auto softmax = [&](int64_t row) {
+      const auto [begin, end] = seen(row, lanes);
       if (begin >= end) {
         for (int i = 0; i < lanes; ++i) correction[row + i] = 1;
-        continue;
+        return;
       }
       const bool all = all_least(row + lanes - 1) <= begin && end <= all_behind(row);
       softmax_step(scores + (begin - tile) * padded + row, padded, begin, end, all, lowest + row, highest + row,
                    own + row, static_cast<int32_t>(length), softcap, peak + row, total + row, correction + row);
+    };
+    if constexpr (Tiles::exist) {
+      // Rows go by pieces of two blocks of lanes, and what one step leaves for the next stays in the L1 cache.
+      constexpr int64_t piece = 2 * lanes;
+      const int64_t pieces = (padded + piece - 1) / piece;
+      const auto score = [&](int64_t i) {
+        const int64_t row = i * piece, count = minimum(piece, padded - row);
+        const auto [begin, end] = seen(row, count);
+        Tiles::score(query + row * p.dim / 2, key_rows + begin * p.key_cache.strides[2], p.key_cache.strides[2], p.dim,
+                     end - begin, count, scores + (begin - tile) * padded + row, padded);
+      };
+      const auto weights_of = [&](int64_t row) { return scratch + at.weights + row % (2 * piece) * at.keys / 2; };
+      const auto weigh = [&](int64_t i) {
+        for (int64_t row = i * piece; row < minimum((i + 1) * piece, padded); row += lanes) {
+          const auto [begin, end] = seen(row, lanes);
+          for (int64_t key = begin - tile; key < end - tile; ++key) {
+            float* here = scores + key * padded + row;
+            store(here, load(here) * scale);
+          }
+          softmax(row);
+          if (packed) Tiles::pack_weights(scores + row, padded, begin - tile, end - tile, weights_of(row));
+        }
+      };
+      const auto add = [&](int64_t i) {
+        float* sums = scratch + at.sums;
+        const int64_t first = i * piece, behind = minimum(first + piece, padded);
+        for (int64_t row = first; row < behind; row += lanes) {
+          const auto [begin, end] = seen(row, lanes);
+          Tiles::add_values(weights_of(row), scratch + at.value, begin - tile, end - tile, tile_end - tile, value_dim,
+                            sums + (row - first) * value_dim);
+        }
+        for (int64_t row = first; row < behind; ++row, sums += value_dim)
+          for (int64_t d = 0; d < value_dim; d += native) {
+            float* here = output + row * value_dim + d;
+            store(here, load(here) * correction[row] + load(sums + d));
+          }
+      };
+      // One step behind the other, since a core waits for what it has just written when tiles read it, or the reverse.
+      for (int64_t i = 0; tiles && i < pieces + 2; ++i) {
+        if (i < pieces) score(i);
+        if (0 < i && i <= pieces) weigh(i - 1);
+        if (packed && i > 1) add(i - 2);
+      }
+      if (packed) continue;
+    }
+
+    if (!tiles) {
+      // Meanwhile the first rows fetch the keys of the next tile, and further down its values.
+      const int64_t step = score_tile(p.dim);
+      for (int64_t part = tile; part < tile_end; part += step)
+        in_blocks(padded, [&](int64_t row, auto blocks) {
+          constexpr int W = decltype(blocks)::value;
+          const int64_t begin = maximum(part, least(row));
+          const int64_t end = minimum(minimum(part + step, tile_end), highest[row + W * lanes - 1] + 1);
+          for (int64_t key = begin; key < end; key += block_rows)
+            with_block<block_rows>(minimum(block_rows, end - key), [&](auto count) {
+              constexpr int R = decltype(count)::value;
+              const T* next = key_rows + (key + at.keys) * p.key_cache.strides[2];
+              score_keys<R, W>(query + row * p.dim, keys + (key - tile) * key_stride, key_stride, p.dim,
+                               scores + (key - tile) * padded + row, padded,
+                               {reinterpret_cast<const char*>(next), row ? 0 : R * int64_t{sizeof(T)}});
+            });
+        });
+      for (int64_t row = 0; row < padded; row += lanes) softmax(row);
     }
 
     // The values of a piece, of every key, stay in the L1 cache for all rows. Blocks are of about one size: a small one
@@ -386,6 +461,8 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
     });
   }
 
+  if constexpr (Tiles::exist) Tiles::release();
+
   if (!task.partial)
     for (int64_t row = 0; row < rows; ++row)
       write_row<T>(p, task, row, output + row * value_dim, peak[row], total[row]);
@@ -394,7 +471,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
 template <class T>
 void merge(const AttentionParams& p, const AttentionTask& first, int64_t splits) {
   const Layout at(p, first.count);
-  const int64_t size = at.rows * at.padded_value_dim, partial = size + 2 * at.padded_rows;
+  const int64_t size = at.padded_rows * at.padded_value_dim, partial = size + 2 * at.padded_rows;
   for (int64_t row = 0; row < at.rows; ++row) {
     float top = -INFINITY;
     for (int64_t i = 0; i < splits; ++i) {

@@ -19,7 +19,7 @@ size_t scratch_size(const AttentionParams& p, int64_t count) { return Layout(p, 
 
 size_t partial_size(const AttentionParams& p, int64_t count) {
   const Layout at(p, count);
-  return at.rows * at.padded_value_dim + 2 * at.padded_rows;
+  return at.padded_rows * at.padded_value_dim + 2 * at.padded_rows;
 }
 
 void attend_any(const AttentionParams& p, const AttentionTask& task, float* scratch) {

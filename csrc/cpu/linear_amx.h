@@ -6,64 +6,18 @@
 // weights alone. Inputs that are no multiple of 32 go on with zeros.
 #pragma once
 
-#if defined(__AMX_BF16__)
+#include "amx.h"
 #include "kernels.h"
-#include "vec.h"
+
+#if defined(__AMX_BF16__)
 
 namespace cllm::cpu {
 namespace {
 
-constexpr int64_t tile_rows = 16, tile_inputs = 32, tile_bytes = 1024;
 // Of a row of weights so many inputs are fetched ahead, about as far as the hardware needs to see that it is read on.
 constexpr int64_t fetched_inputs = 1024;
 // x that stays in the L2 cache, which has 2 MB on the CPUs that have AMX.
 constexpr int64_t amx_block_bytes = 1 << 20;
-
-// Lets no store or load pass the instructions on tiles, which the compiler does not know to touch memory.
-CLLM_INLINE void tile_barrier() { asm volatile("" ::: "memory"); }
-
-// The tiles: 0 to 3 are sums [outputs, columns], 4 and 5 weights [outputs, 32], 6 and 7 x [16 pairs, columns].
-void configure_tiles(int64_t outputs, int64_t columns) {
-  struct alignas(64) {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t row_bytes[16] = {};
-    uint8_t rows[16] = {};
-  } config;
-  for (int tile = 0; tile < 8; ++tile) {
-    config.row_bytes[tile] = tile == 4 || tile == 5 ? 64 : columns * 4;
-    config.rows[tile] = tile < 6 ? outputs : 16;
-  }
-  tile_barrier();
-  _tile_loadconfig(&config);
-}
-
-void transpose(__m512i (&x)[16]) {
-  __m512i y[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; ++j) {
-      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
-      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
-    }
-  // x[4 i + j] holds, of rows 4 i to 4 i + 3, column 4 k + j in its quarter k.
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const __m512i even[] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
-    const __m512i odd[] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
-    y[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
-    y[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
-    y[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
-    y[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) x[i] = y[i];
-}
 
 CLLM_INLINE __m512i load_inputs(const bf16_t* from, int64_t count) {
   return count >= tile_inputs ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << count) - 1, from);
@@ -198,7 +152,7 @@ void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begi
     const int64_t left = end - output;
     // One tile where the memory binds: it gives more with half as many rows read at once.
     const int64_t count = left >= 2 * tile_rows && pairs > 1 ? 2 * tile_rows : minimum(left, tile_rows);
-    if (count < tile_rows) configure_tiles(count, Columns);
+    if (count < tile_rows) configure_tiles<Columns>(count);
     const bf16_t* next =
         count < left ? static_cast<const bf16_t*>(p.weight) + (output + count) * p.weight_stride : after;
     for (int64_t i = 0; i < pairs; ++i) {
@@ -219,7 +173,7 @@ void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begi
       }
       tall ? tile(Two{}, One{}) : tile(One{}, One{});
     }
-    if (count < tile_rows) configure_tiles(tile_rows, Columns);
+    if (count < tile_rows) configure_tiles<Columns>();
     output += count;
   }
 }
@@ -229,7 +183,7 @@ void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* nex
     const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
   const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights(end);
   const int64_t block = maximum(amx_block_bytes / maximum(p.x_bytes, 1) / (2 * tile_rows), 1) * 2 * tile_rows;
-  configure_tiles(tile_rows, Columns);
+  configure_tiles<Columns>();
   for (int64_t row = 0; row < p.rows; row += block)
     amx_block<Columns>(p, row, minimum(row + block, p.rows), begin, end, row + block < p.rows ? weights(begin) : last);
   _tile_release();

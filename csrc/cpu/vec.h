@@ -31,6 +31,10 @@ constexpr int block_rows = 6;  // 24 of 32 registers (NEON)
 constexpr int lanes = 16;
 constexpr int parts = lanes / native;
 
+constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
+
 #define CLLM_INLINE static inline __attribute__((always_inline))
 
 typedef float vfloat __attribute__((vector_size(native * 4)));

@@ -1,0 +1,75 @@
+// AMX tiles of bfloat16. TDPBF16PS adds the products of [16, 32] and [32, 16] to [16, 16] floats; the second operand has
+// pairs of its rows side by side. Included only by kernels.cpp.
+#pragma once
+
+#include "vec.h"
+
+#if defined(__AMX_BF16__)
+namespace cllm::cpu {
+namespace {
+
+constexpr int64_t tile_rows = 16, tile_inputs = 32, tile_bytes = 1024;
+
+// Lets no store or load pass the instructions on tiles, which the compiler does not know to touch memory.
+CLLM_INLINE void tile_barrier() { asm volatile("" ::: "memory"); }
+
+// What ldtilecfg takes: tiles 0 to 3 are sums [rows, columns], 4 and 5 first operands [rows, 32], 6 and 7 second ones
+// [16 pairs, columns].
+struct alignas(64) TileConfig {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t row_bytes[16] = {};
+  uint8_t rows[16] = {};
+
+  constexpr TileConfig(int first_rows, int columns) {
+    for (int tile = 0; tile < 8; ++tile) {
+      row_bytes[tile] = tile == 4 || tile == 5 ? 64 : 4 * columns;
+      rows[tile] = tile < 6 ? first_rows : 16;
+    }
+  }
+};
+
+// Made beforehand: a core would wait for one that was just written.
+template <int Columns>
+struct TileConfigs {
+  static constexpr TileConfig of_rows[] = {
+      {1, Columns}, {2, Columns},  {3, Columns},  {4, Columns},  {5, Columns},  {6, Columns},  {7, Columns},  {8, Columns},
+      {9, Columns}, {10, Columns}, {11, Columns}, {12, Columns}, {13, Columns}, {14, Columns}, {15, Columns}, {16, Columns},
+  };
+};
+
+template <int Columns = 16>
+void configure_tiles(int64_t rows = tile_rows) {
+  _tile_loadconfig(&TileConfigs<Columns>::of_rows[rows - 1]);
+}
+
+void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  // x[4 i + j] holds, of rows 4 i to 4 i + 3, column 4 k + j in its quarter k.
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    const __m512i even[] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0x88), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0x88)};
+    const __m512i odd[] = {_mm512_shuffle_i32x4(x[j], x[4 + j], 0xdd), _mm512_shuffle_i32x4(x[8 + j], x[12 + j], 0xdd)};
+    y[j] = _mm512_shuffle_i32x4(even[0], even[1], 0x88);
+    y[4 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0x88);
+    y[8 + j] = _mm512_shuffle_i32x4(even[0], even[1], 0xdd);
+    y[12 + j] = _mm512_shuffle_i32x4(odd[0], odd[1], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
+}  // namespace
+}  // namespace cllm::cpu
+#endif

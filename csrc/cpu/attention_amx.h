@@ -1,0 +1,194 @@
+// What AMX tiles do of the attention in bfloat16: scores, and sums of values by weights, which are rounded to bfloat16.
+// Included only by kernels.cpp.
+#pragma once
+
+#include "amx.h"
+#include "kernels.h"
+
+namespace cllm::cpu {
+namespace {
+
+// Keys of a step, a multiple of 32: with heads of 64 values all that a step reads and writes fits in the L1 cache.
+constexpr int64_t amx_keys = 64;
+
+template <class T>
+struct AttentionTiles {
+  static constexpr bool exist = false;
+};
+
+#if defined(__AMX_BF16__)
+
+// Whether they do the scores and sums of a call.
+bool uses_tiles(const AttentionParams& p) {
+  return p.dtype == DType::bf16 && p.dim % tile_inputs == 0 && p.value_dim % tile_rows == 0;
+}
+
+template <>
+struct AttentionTiles<bf16_t> {
+  static constexpr bool exist = true;
+
+  // Around all the others.
+  static void configure() { configure_tiles(); }
+  static void release() { _tile_release(); }
+
+  // Queries as second operands: [16 rows][dim / 32][16 pairs][row].
+  template <class Row>
+  static void queries(const Row& row_at, int64_t rows, int64_t dim, float* to) {
+    for (int64_t row = 0; row < rows; row += tile_rows) {
+      const void* from[16];
+      for (int i = 0; i < 16; ++i) from[i] = row_at(row + i);
+      for (int64_t d = 0; d < dim; d += tile_inputs, to += tile_bytes / 4) {
+        __m512i pairs[16];
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) pairs[i] = _mm512_loadu_si512(static_cast<const uint16_t*>(from[i]) + d);
+        transpose(pairs);
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, pairs[i]);
+      }
+    }
+  }
+
+  // Scores of G tiles of keys and W blocks of 16 rows.
+  template <int G, int W>
+  CLLM_INLINE void score_tiles(const float* query, const char* keys, int64_t key_bytes, int64_t dim, float* scores,
+                               int64_t score_stride) {
+    const char *q = reinterpret_cast<const char*>(query), *next = q + dim * 32;
+    _tile_zero(0);
+    if constexpr (W > 1) _tile_zero(1);
+    if constexpr (G > 1) _tile_zero(2);
+    if constexpr (G > 1 && W > 1) _tile_zero(3);
+    for (int64_t d = 0; d < dim; d += tile_inputs, keys += 64, q += tile_bytes, next += tile_bytes) {
+      _tile_loadd(4, keys, key_bytes);
+      _tile_loadd(6, q, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (W > 1) {
+        _tile_loadd(7, next, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (G > 1) {
+        _tile_loadd(5, keys + tile_rows * key_bytes, key_bytes);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (W > 1) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    _tile_stored(0, scores, 4 * score_stride);
+    if constexpr (W > 1) _tile_stored(1, scores + tile_rows, 4 * score_stride);
+    if constexpr (G > 1) _tile_stored(2, scores + tile_rows * score_stride, 4 * score_stride);
+    if constexpr (G > 1 && W > 1) _tile_stored(3, scores + tile_rows * (score_stride + 1), 4 * score_stride);
+  }
+
+  // scores[key][row] = key . query of `count` keys and one or two blocks of 16 rows.
+  static void score(const float* query, const bf16_t* keys, int64_t key_stride, int64_t dim, int64_t count, int64_t rows,
+                    float* scores, int64_t score_stride) {
+    const int64_t key_bytes = key_stride * sizeof(bf16_t);
+    const auto run = [&](int64_t key, auto tiles) {
+      constexpr int G = decltype(tiles)::value;
+      const char* at = reinterpret_cast<const char*>(keys) + key * key_bytes;
+      float* to = scores + key * score_stride;
+      rows > tile_rows ? score_tiles<G, 2>(query, at, key_bytes, dim, to, score_stride)
+                       : score_tiles<G, 1>(query, at, key_bytes, dim, to, score_stride);
+    };
+    int64_t key = 0;
+    for (; key + 2 * tile_rows <= count; key += 2 * tile_rows) run(key, std::integral_constant<int, 2>{});
+    for (; key + tile_rows <= count; key += tile_rows) run(key, std::integral_constant<int, 1>{});
+    if (key < count) {
+      configure_tiles(count - key);
+      run(key, std::integral_constant<int, 1>{});
+      configure_tiles();
+    }
+    tile_barrier();
+  }
+
+  // Values as second operands: [value_dim / 16][keys / 32][16 pairs of keys][16 values], with zeros behind the last key.
+  // False where a value is infinite or NaN, which a weight of 0 does not remove.
+  static bool pack_values(const bf16_t* from, int64_t stride, int64_t keys, int64_t value_dim, float* to) {
+    const __m512i infinity = _mm512_set1_epi16(0x7f80);
+    __mmask32 bad = 0;
+    for (int64_t d = 0; d < value_dim; d += tile_rows)
+      for (int64_t key = 0; key < round_up(keys, tile_inputs); key += 2, to += lanes) {
+        const auto values = [&](int64_t i) {
+          if (i >= keys) return __m512i{};
+          return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * stride + d)));
+        };
+        const __m512i pairs = _mm512_or_si512(values(key), _mm512_slli_epi32(values(key + 1), 16));
+        bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, infinity), infinity);
+        _mm512_storeu_si512(to, pairs);
+      }
+    return !bad;
+  }
+
+  // output[row][0..16 W) = the products of weights [row][keys] and values, which are `column` bytes apart.
+  template <int W>
+  CLLM_INLINE void value_tiles(const char* weights, const char* values, int64_t column, int64_t keys, float* output,
+                               int64_t value_dim) {
+    const int64_t stride = 4 * value_dim;
+    _tile_zero(0);
+    if constexpr (W > 1) {
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    for (int64_t key = 0; key < keys; key += tile_inputs, weights += tile_bytes, values += tile_bytes) {
+      _tile_loadd(4, weights, 64);
+      _tile_loadd(6, values, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (W > 1) {
+        _tile_loadd(7, values + column, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, values + 2 * column, 64);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_loadd(7, values + 3 * column, 64);
+        _tile_dpbf16ps(3, 4, 7);
+      }
+    }
+    _tile_stored(0, output, stride);
+    if constexpr (W > 1) {
+      _tile_stored(1, output + 16, stride);
+      _tile_stored(2, output + 32, stride);
+      _tile_stored(3, output + 48, stride);
+    }
+  }
+
+  // Weights of 16 rows and of keys [begin, end) as first operands, [keys / 32][row][32], with zeros around them.
+  static void pack_weights(const float* weights, int64_t weight_stride, int64_t begin, int64_t end, float* to) {
+    // From the lanes of one key behind those of the next to pairs.
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    for (int64_t key = begin / tile_inputs * tile_inputs; key < end; key += tile_inputs, to += tile_bytes / 4) {
+      const auto of = [&](int64_t at) {
+        return begin <= at && at < end ? load(weights + at * weight_stride) : vfloat{};
+      };
+      __m512i pairs[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const __m512bh both = _mm512_cvtne2ps_pbh(of(key + 2 * i + 1), of(key + 2 * i));
+        pairs[i] = _mm512_permutexvar_epi16(interleave, (__m512i)both);
+      }
+      transpose(pairs);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, pairs[i]);
+    }
+  }
+
+  // output[row] = the sum of values by weights, for 16 rows and keys [begin, end) of the `keys` that were packed.
+  static void add_values(const float* weights, const float* values, int64_t begin, int64_t end, int64_t keys,
+                         int64_t value_dim, float* output) {
+    const int64_t first = begin / tile_inputs * tile_inputs, column = round_up(keys, tile_inputs) * 2 * tile_rows;
+    const char* from = reinterpret_cast<const char*>(values) + first * 2 * tile_rows;
+    const char* w = reinterpret_cast<const char*>(weights);
+    int64_t d = 0;
+    for (; d + 4 * lanes <= value_dim; d += 4 * lanes, from += 4 * column)
+      value_tiles<4>(w, from, column, end - first, output + d, value_dim);
+    for (; d < value_dim; d += lanes, from += column)
+      value_tiles<1>(w, from, column, end - first, output + d, value_dim);
+  }
+};
+
+#else
+
+constexpr bool uses_tiles(const AttentionParams&) { return false; }
+
+#endif
+
+}  // namespace
+}  // namespace cllm::cpu
