@@ -38,7 +38,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
     ISA_FLAGS["avx512"] = [
         "-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq",
-        "-mprefer-vector-width=512", "-Wno-maybe-uninitialized",  # GCC 12 warns inside its own avx512fintrin.h
+        # GCC 12 warns inside its own avx512fintrin.h.
+        "-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
     ]  # fmt: skip
     ISA_FLAGS["avx512bf16"] = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
     ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]

@@ -1,7 +1,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -19,13 +19,17 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-// Whether the CPU has tiles of bfloat16 and the kernel lets this process use them, for which it wants to be asked.
+// Whether the CPU has tiles of bfloat16 and Linux lets this process use them, for which it wants to be asked.
 bool has_amx() {
+#if defined(__linux__)
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned bf16 = 1u << 22, tiles = 1u << 24;
   constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return (d & bf16) && (d & tiles) && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 

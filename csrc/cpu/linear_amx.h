@@ -180,7 +180,7 @@ void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begi
 
 template <int Columns>
 void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
-    const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
+  const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
   const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights(end);
   const int64_t block = maximum(amx_block_bytes / maximum(p.x_bytes, 1) / (2 * tile_rows), 1) * 2 * tile_rows;
   configure_tiles<Columns>();
