@@ -42,6 +42,34 @@ void configure_tiles(int64_t rows = tile_rows) {
   _tile_loadconfig(&TileConfigs<Columns>::of_rows[rows - 1]);
 }
 
+// The sums of G first operands by P second ones: tile 2 g + p.
+template <int G, int P>
+CLLM_INLINE void zero_sums() {
+  _tile_zero(0);
+  if constexpr (P > 1) _tile_zero(1);
+  if constexpr (G > 1) _tile_zero(2);
+  if constexpr (G > 1 && P > 1) _tile_zero(3);
+}
+
+// Adds the products of first operands, whose rows are `row_bytes` and which are `next_first` bytes apart, and second ones,
+// `next_second` bytes apart.
+template <int G, int P, int Columns = 16>
+CLLM_INLINE void add_tile_products(const char* first, int64_t row_bytes, int64_t next_first, const char* second,
+                                   int64_t next_second) {
+  _tile_loadd(4, first, row_bytes);
+  _tile_loadd(6, second, 4 * Columns);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (P > 1) {
+    _tile_loadd(7, second + next_second, 4 * Columns);
+    _tile_dpbf16ps(1, 4, 7);
+  }
+  if constexpr (G > 1) {
+    _tile_loadd(5, first + next_first, row_bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (P > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
 void transpose(__m512i (&x)[16]) {
   __m512i y[16];
 #pragma GCC unroll 8

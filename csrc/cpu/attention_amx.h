@@ -52,25 +52,10 @@ struct AttentionTiles<bf16_t> {
   template <int G, int W>
   CLLM_INLINE void score_tiles(const float* query, const char* keys, int64_t key_bytes, int64_t dim, float* scores,
                                int64_t score_stride) {
-    const char *q = reinterpret_cast<const char*>(query), *next = q + dim * 32;
-    _tile_zero(0);
-    if constexpr (W > 1) _tile_zero(1);
-    if constexpr (G > 1) _tile_zero(2);
-    if constexpr (G > 1 && W > 1) _tile_zero(3);
-    for (int64_t d = 0; d < dim; d += tile_inputs, keys += 64, q += tile_bytes, next += tile_bytes) {
-      _tile_loadd(4, keys, key_bytes);
-      _tile_loadd(6, q, 64);
-      _tile_dpbf16ps(0, 4, 6);
-      if constexpr (W > 1) {
-        _tile_loadd(7, next, 64);
-        _tile_dpbf16ps(1, 4, 7);
-      }
-      if constexpr (G > 1) {
-        _tile_loadd(5, keys + tile_rows * key_bytes, key_bytes);
-        _tile_dpbf16ps(2, 5, 6);
-        if constexpr (W > 1) _tile_dpbf16ps(3, 5, 7);
-      }
-    }
+    const char* q = reinterpret_cast<const char*>(query);
+    zero_sums<G, W>();
+    for (int64_t d = 0; d < dim; d += tile_inputs, keys += 64, q += tile_bytes)
+      add_tile_products<G, W>(keys, key_bytes, tile_rows * key_bytes, q, dim * 32);
     _tile_stored(0, scores, 4 * score_stride);
     if constexpr (W > 1) _tile_stored(1, scores + tile_rows, 4 * score_stride);
     if constexpr (G > 1) _tile_stored(2, scores + tile_rows * score_stride, 4 * score_stride);
@@ -122,12 +107,7 @@ struct AttentionTiles<bf16_t> {
   CLLM_INLINE void value_tiles(const char* weights, const char* values, int64_t column, int64_t keys, float* output,
                                int64_t value_dim) {
     const int64_t stride = 4 * value_dim;
-    _tile_zero(0);
-    if constexpr (W > 1) {
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-    }
+    W > 1 ? zero_sums<2, 2>() : zero_sums<1, 1>();
     for (int64_t key = 0; key < keys; key += tile_inputs, weights += tile_bytes, values += tile_bytes) {
       _tile_loadd(4, weights, 64);
       _tile_loadd(6, values, 64);

@@ -8,6 +8,7 @@
 
 #include "amx.h"
 #include "kernels.h"
+#include "quad.h"
 
 #if defined(__AMX_BF16__)
 
@@ -19,8 +20,9 @@ constexpr int64_t fetched_inputs = 1024;
 // x that stays in the L2 cache, which has 2 MB on the CPUs that have AMX.
 constexpr int64_t amx_block_bytes = 1 << 20;
 
-CLLM_INLINE __m512i load_inputs(const bf16_t* from, int64_t count) {
-  return count >= tile_inputs ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi16((1u << count) - 1, from);
+// A register of inputs from `k` on, with zeros behind the last.
+CLLM_INLINE __m512i inputs_from(const bf16_t* row, int64_t k, int64_t inputs) {
+  return load_register<__m512i, true>(row + k, minimum(tile_inputs, inputs - k));
 }
 
 LinearLayout amx_layout(const LinearParams& p) {
@@ -35,7 +37,7 @@ void amx_inputs(const LinearParams& p, int64_t row, void* to) {
   char* tile = static_cast<char*>(to);
   for (int64_t k = 0; k < p.inputs; k += tile_inputs) {
     const auto inputs = [&](int64_t i) {
-      return load_inputs(reinterpret_cast<const bf16_t*>(x + i * p.x_bytes) + k, p.inputs - k);
+      return inputs_from(reinterpret_cast<const bf16_t*>(x + i * p.x_bytes), k, p.inputs);
     };
     if (p.rows == 1) {
       _mm512_storeu_si512(tile, inputs(0));
@@ -86,38 +88,24 @@ void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count,
   const int64_t stride = p.weight_stride * sizeof(bf16_t), panel_bytes = Columns * p.x_bytes;
   const bf16_t* weight = static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
   const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
-  const auto add_products = [&](const char* w, int64_t w_stride, int64_t w_tile) {
-    _tile_loadd(4, w, w_stride);
-    _tile_loadd(6, x, 4 * Columns);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (P > 1) {
-      _tile_loadd(7, x + panel_bytes, 4 * Columns);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (G > 1) {
-      _tile_loadd(5, w + w_tile, w_stride);
-      _tile_dpbf16ps(2, 5, 6);
-      if constexpr (P > 1) _tile_dpbf16ps(3, 5, 7);
-    }
+  const auto add_products = [&](const char* w, int64_t w_stride) {
+    add_tile_products<G, P, Columns>(w, w_stride, tile_rows * w_stride, x, panel_bytes);
     x += 64 * Columns;
   };
-  _tile_zero(0);
-  if constexpr (P > 1) _tile_zero(1);
-  if constexpr (G > 1) _tile_zero(2);
-  if constexpr (G > 1 && P > 1) _tile_zero(3);
+  zero_sums<G, P>();
   tile_barrier();
   int64_t k = 0;
   for (; k + tile_inputs <= p.inputs; k += tile_inputs) {
-    add_products(reinterpret_cast<const char*>(weight + k), stride, tile_rows * stride);
+    add_products(reinterpret_cast<const char*>(weight + k), stride);
     if (k >= fetched_inputs) continue;
     for (int64_t i = fetch_begin; i < fetch_end; ++i) __builtin_prefetch(next + i * p.weight_stride + k, 0, 2);
   }
   alignas(64) char memory[2 * tile_bytes];
   if (k < p.inputs) {
     for (int64_t i = 0; i < count; ++i)
-      _mm512_store_si512(memory + 64 * i, load_inputs(weight + i * p.weight_stride + k, p.inputs - k));
+      _mm512_store_si512(memory + 64 * i, inputs_from(weight + i * p.weight_stride, k, p.inputs));
     tile_barrier();
-    add_products(memory, 64, tile_bytes);
+    add_products(memory, 64);
     tile_barrier();
   }
   float* sums = reinterpret_cast<float*>(memory);

@@ -49,23 +49,19 @@ struct Inputs {
   int64_t groups() const { return (params.rows + layout.rows - 1) / layout.rows; }
   size_t size() const { return groups() * layout.rows * layout.row_bytes; }
 
-  void prepare(int64_t group, char* memory) const {
-    const int64_t row = group * layout.rows;
-    if (layout.row_bytes) run.linear_inputs(params, row, memory + row * layout.row_bytes);
-  }
-
-  // All groups, by the threads of a parallel region.
-  void prepare_all(char* memory) const {
-    if (!layout.row_bytes) return;
-#pragma omp for schedule(static)
-    for (int64_t group = 0; group < groups(); ++group) prepare(group, memory);
-  }
-
-  // The same once `each_row` has made the group's rows of x.
+  // All groups, shared out over the threads of a parallel region; `each_row` makes a row of x first.
   template <class EachRow>
-  void prepare(int64_t group, char* memory, const EachRow& each_row) const {
-    for (int64_t i = group * layout.rows; i < std::min((group + 1) * layout.rows, params.rows); ++i) each_row(i);
-    prepare(group, memory);
+  void prepare(char* memory, const EachRow& each_row) const {
+#pragma omp for schedule(static)
+    for (int64_t group = 0; group < groups(); ++group) {
+      const int64_t row = group * layout.rows;
+      for (int64_t i = row; i < std::min(row + layout.rows, params.rows); ++i) each_row(i);
+      if (layout.row_bytes) run.linear_inputs(params, row, memory + row * layout.row_bytes);
+    }
+  }
+
+  void prepare(char* memory) const {
+    if (layout.row_bytes) prepare(memory, [](int64_t) {});
   }
 
   LinearParams prepared(LinearParams p, const char* memory) const {
@@ -165,10 +161,14 @@ void linear(const LinearParams& params, int threads) {
   char* memory = pieces.reserve();
   const LinearParams p = inputs.prepared(params, memory);
   const int team = team_size(work_of(p), threads);
+  if (team == 1) {
+    inputs.prepare(memory);
+    return run.linear(p, 0, p.outputs, nullptr);
+  }
   LayerTasks tasks(p, inputs.layout.outputs, team);
-#pragma omp parallel num_threads(team) if (team > 1)
+#pragma omp parallel num_threads(team)
   {
-    inputs.prepare_all(memory);
+    inputs.prepare(memory);
     tasks.run(run, omp_get_thread_num());
   }
 }
@@ -192,7 +192,7 @@ void lm_head_argmax(const HeadParams& p, int threads) {
   Tasks tasks((whole.outputs + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    inputs.prepare_all(memory);
+    inputs.prepare(memory);
     const int thread = omp_get_thread_num();
     char* logits = memory + logits_at + thread * logits_size;
     for (int64_t task; (task = tasks.take(thread)) >= 0;) {
@@ -250,12 +250,10 @@ void qkv(const QkvParams& p, int threads) {
   const int64_t query_heads = p.query.outputs / p.dim, heads = query_heads + p.key.outputs / p.dim;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-#pragma omp for schedule(static)
-    for (int64_t group = 0; group < inputs.groups(); ++group)
-      inputs.prepare(group, prepared, [&](int64_t row) {
-        run.rms_norm(static_cast<const char*>(p.x) + row * row_bytes, p.norm, p.eps, p.hidden, normed + row * row_bytes,
-                     p.dtype);
-      });
+    inputs.prepare(prepared, [&](int64_t row) {
+      run.rms_norm(static_cast<const char*>(p.x) + row * row_bytes, p.norm, p.eps, p.hidden, normed + row * row_bytes,
+                   p.dtype);
+    });
     for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const int i = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
       const int64_t begin = (task - first[i]) * step;
@@ -308,16 +306,14 @@ void mlp(const MlpParams& p, int threads) {
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int thread = omp_get_thread_num();
-    attended.prepare_all(memory + attended_at);
+    attended.prepare(memory + attended_at);
     output_tasks.run(run, thread);
 #pragma omp barrier
-#pragma omp for schedule(static)
-    for (int64_t group = 0; group < gate_inputs.groups(); ++group)
-      gate_inputs.prepare(group, memory + gate_inputs_at, [&](int64_t row) {
-        char* here = out + row * row_bytes;
-        run.add(static_cast<const char*>(p.x) + row * row_bytes, sum + row * row_bytes, p.hidden, here, p.dtype);
-        run.rms_norm(here, p.norm, p.eps, p.hidden, normed + row * row_bytes, p.dtype);
-      });
+    gate_inputs.prepare(memory + gate_inputs_at, [&](int64_t row) {
+      char* here = out + row * row_bytes;
+      run.add(static_cast<const char*>(p.x) + row * row_bytes, sum + row * row_bytes, p.hidden, here, p.dtype);
+      run.rms_norm(here, p.norm, p.eps, p.hidden, normed + row * row_bytes, p.dtype);
+    });
     for (int64_t task; (task = tasks.take(thread)) >= 0;) {
       const int64_t begin = task * step, end = std::min(begin + step, inner);
       const auto row_of = [&](const LinearParams& layer, int64_t output) {
@@ -331,7 +327,7 @@ void mlp(const MlpParams& p, int threads) {
       }
     }
 #pragma omp barrier
-    down_inputs.prepare_all(memory + down_inputs_at);
+    down_inputs.prepare(memory + down_inputs_at);
     down_tasks.run(run, thread);
 #pragma omp barrier
 #pragma omp for schedule(static)
