@@ -45,6 +45,18 @@ class JacobiCache(Cache):
 
         With fewer rows than the first window had, these are the first rows of the buffers.
         """
+        return self.append(key_states, value_states, layer_idx)
+
+    def append(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
+        query: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`update` of keys that are not rotated yet; cos, sin and query as ``append_kv_`` takes them."""
         buffers = self._buffers.get(layer_idx)
         if buffers is None:
             fresh = torch.zeros if self.zeros else torch.empty
@@ -55,7 +67,7 @@ class JacobiCache(Cache):
         rows, lengths = key_states.shape[0], self.lengths
         if rows < lengths.shape[0]:
             buffers, lengths = tuple(buffer[:rows] for buffer in buffers), lengths[:rows]
-        append_kv_(*buffers, key_states, value_states, lengths, backend=self.backend)
+        append_kv_(*buffers, key_states, value_states, lengths, cos, sin, query, self.backend)
         return buffers
 
     def move_row(self, source: int, target: int) -> None:

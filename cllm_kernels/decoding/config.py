@@ -45,8 +45,8 @@ class JacobiConfig:
             The graph and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
-        optimize: whether linear layers and known decoder layers run by the package's own kernels while decoding, where
-            the backend is ``"cpp"`` (see :func:`cllm_kernels.optimize`).
+        optimize: whether known decoder layers, and on the CPU linear layers, run by the package's own kernels while
+            decoding (see :func:`cllm_kernels.optimize`).
 
     Raises:
         ValueError: an option is out of its range.

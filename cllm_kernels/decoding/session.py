@@ -122,19 +122,26 @@ def capture(step: Callable[[], None], count: int, running: torch.Tensor) -> Call
     device, is 0.
     """
     stream = _graph_stream(running.device)
-    # Graphs that never run at the same time can share the memory that they need inside.
-    key = (running.device.index, threading.get_ident())
     conditions = _has_conditions(running.device)
+    pool = _pool(running.device, threading.get_ident()).pool()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pools.get(key), stream=stream):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         for turn in range(count):
             with _where(running > 0, graph) if turn and conditions else contextlib.nullcontext():
                 step()
-    _pools.setdefault(key, graph.pool())
     return graph.replay
 
 
-_pools: dict[tuple[int, int], tuple[int, int]] = {}
+@functools.cache
+def _pool(device: torch.device, thread: int) -> torch.cuda.CUDAGraph:
+    """A graph that is never launched, whose memory the graphs of a thread share, since they never run at the same time.
+
+    It is kept, because torch takes no graph into the memory of graphs that are all gone.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=_graph_stream(device)):
+        torch.zeros(1, device=device)
+    return graph
 
 
 @functools.cache

@@ -128,6 +128,11 @@ def submodules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             waiting.extend(module.__dict__["_modules"].values())
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether forward hooks of its own run around the module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 @contextlib.contextmanager
 def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[None]:
     """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it."""

@@ -185,12 +185,12 @@ def jacobi_generate(
             stack.callback(text_streamer.end)
             on_commit = functools.partial(_stream, text_streamer, on_commit)
         stack.enter_context(_evaluation_mode(model))
+        # "auto" stays with block_attention, which knows what was measured for its sizes.
+        own = "auto" if config.backend == "auto" and chosen == "cuda" else chosen
         if attention == "block":
-            # "auto" stays with the op, which knows what was measured for its sizes.
-            own = "auto" if config.backend == "auto" and chosen == "cuda" else chosen
             stack.enter_context(block_attention_enabled(model, own))
         if config.optimize and compiled is None:
-            stack.enter_context(optimized(model, chosen))
+            stack.enter_context(optimized(model, own))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.cuda.device_of(prompt))  # whose streams and graphs are used
         session = _session(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
+import os
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -18,8 +20,10 @@ from .. import backends
 from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, window_linear, window_mlp, window_qkv
+from ..ops._library import FLOAT_DTYPES
 from ..ops.window_linear import DTYPES, LAYER_ROWS, fast_rows
-from .attention import from_mask, submodules
+from .attention import from_mask, has_hooks, submodules
+from .gpu_layers import layer_forward, run_layers
 
 # Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
 # each keeps its sliding window.
@@ -36,8 +40,9 @@ class Optimized:
     """What :func:`optimize` did.
 
     Attributes:
-        linears: names of the linear layers that run by ``window_linear``.
-        layers: names of the decoder layers that run by ``window_qkv``, ``block_attention`` and ``window_mlp``.
+        linears: names of the linear layers that run by ``window_linear``, on the CPU.
+        layers: names of the decoder layers that run by ``window_qkv``, ``block_attention`` and ``window_mlp``, on a GPU by
+            torch's linear layers and ``rms_norm``, ``append_kv_``, ``block_attention`` and ``silu_mul`` between them.
         decoders: names of the modules that call these layers without looking for masks, defaults and outputs to record.
         left: names of the linear layers and of the decoder layers that were left alone, with the reason.
     """
@@ -58,8 +63,10 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3 decode
     a window in a few calls, and leave out the padding of prompts, where nothing inside them has hooks or was changed.
 
-    :class:`cllm_kernels.JacobiConfig` has an option, on by default, that does this for each call of generate. Nothing
-    is swapped where the C++ kernels do not run, as on a GPU.
+    On a GPU, decoder layers of the same families keep torch's linear layers, and all that stands between two of these takes
+    one launch. Linear layers by themselves are left alone there.
+
+    :class:`cllm_kernels.JacobiConfig` has an option, on by default, that does this for each call of generate.
 
     Yields:
         what was swapped and what was left alone.
@@ -113,8 +120,10 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
         if _is_decoder(module) and module.layers and all(layer in swapped for layer in module.layers):
             plan.decoders[name] = module
     for make, modules in (
-        (_swapped_linear, plan.linears), (_swapped_layer, plan.layers), (_swapped_decoder, plan.decoders)
-    ):  # fmt: skip
+        (_swapped_linear, plan.linears),
+        (functools.partial(_swapped_layer, backend=backend), plan.layers),
+        (functools.partial(_swapped_decoder, backend=backend), plan.decoders),
+    ):
         plan.forwards.extend((module, make(module)) for module in modules.values())
     if model not in (*plan.linears.values(), *swapped, *plan.decoders.values()):
         _plans[model] = plan
@@ -135,8 +144,21 @@ def _facts(model: nn.Module, backend: str) -> list:
             elif tensor is not None:
                 facts.append((name, type(tensor)))
     if backend == "auto":
-        facts.append(resolve(backend, torch.device("cpu")))  # an environment variable decides
+        facts.append(os.environ.get("CLLM_BACKEND"))  # which decides
     return facts
+
+
+def _kernels(device: torch.device, backend: str) -> str:
+    """What decodes on a device: "cpp", "gpu" or "torch"."""
+    if backend == "cpp" and device.type != "cpu":
+        return "torch"
+    name = resolve(backend, device)
+    return "gpu" if name in ("cuda", "triton") else name
+
+
+def _device(layer: nn.Module) -> torch.device:
+    """Of a decoder layer whose parameters are on one."""
+    return layer.input_layernorm.weight.device
 
 
 def _swapped_linear(module: nn.Linear) -> Callable:
@@ -151,7 +173,9 @@ def _swapped_linear(module: nn.Linear) -> Callable:
     return forward
 
 
-def _swapped_layer(layer: nn.Module) -> Callable:
+def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
+    if _kernels(_device(layer), backend) == "gpu":
+        return layer_forward(layer, _FAMILIES[_family(layer)](layer.self_attn), backend)
     before = type(layer).forward.__get__(layer)
     attention, mlp = layer.self_attn, layer.mlp
     first, second = layer.input_layernorm, layer.post_attention_layernorm
@@ -279,8 +303,9 @@ def _in_parts(call: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]
     return tuple(torch.cat(parts, 1).view(batch, width, *parts[0].shape[2:]) for parts in outputs)
 
 
-def _swapped_decoder(model: nn.Module) -> Callable:
+def _swapped_decoder(model: nn.Module, backend: str) -> Callable:
     before = type(model).forward.__get__(model)
+    run = run_layers if _kernels(_device(model.layers[0]), backend) == "gpu" else _run_layers
 
     def forward(
         input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None, use_cache=None,
@@ -292,27 +317,35 @@ def _swapped_decoder(model: nn.Module) -> Callable:
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 inputs_embeds=inputs_embeds, use_cache=use_cache, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
-        *layers, last = all_layers = list(model.layers)[: model.config.num_hidden_layers]
         hidden = model.embed_tokens(input_ids)
         angles = model.rotary_emb(hidden, position_ids=position_ids)
-        options = dict(attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache, **{CACHE_NAME: cache})
-        keep, packing = cache.keep, None
-        if keep is not None and (keep >= hidden.shape[1] or any(map(_has_hooks, (model, last, model.norm)))):
-            keep = None
-        if keep is not None and not any(_has_hooks(layer) or not layer.forward.takes(hidden, cache) for layer in all_layers):
-            packing = _packing(attention_mask, hidden.shape[1], keep)
-        if packing is not None:
-            hidden, *angles = (packing.pack(x.expand(hidden.shape[0], -1, -1)) for x in (hidden, *angles))
-            options["packing"] = packing
-        options["position_embeddings"] = angles
-        for layer in layers:
-            hidden = layer(hidden, **options)
-        if keep is not None:
-            options["keep"] = keep
-        hidden = last(hidden, **options)
-        return BaseModelOutputWithPast(last_hidden_state=model.norm(hidden), **{CACHE_NAME: cache})
+        hidden = run(
+            model, hidden, angles, cache, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
+        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
 
     return forward
+
+
+def _run_layers(model: nn.Module, hidden, angles, cache: JacobiCache, **options) -> torch.Tensor:
+    """All layers of a decoder, each swapped, and its norm, on the CPU: of the last layer what is asked for, and without
+    the padding of prompts."""
+    *layers, last = all_layers = list(model.layers)[: model.config.num_hidden_layers]
+    mask, width = options["attention_mask"], hidden.shape[1]
+    keep, packing = cache.keep, None
+    if keep is not None and (keep >= width or any(map(has_hooks, (model, last, model.norm)))):
+        keep = None
+    if keep is not None and not any(has_hooks(layer) or not layer.forward.takes(hidden, cache) for layer in all_layers):
+        packing = _packing(mask, width, keep)
+    if packing is not None:
+        hidden, *angles = (packing.pack(x.expand(hidden.shape[0], -1, -1)) for x in (hidden, *angles))
+        options["packing"] = packing
+    options |= {"position_embeddings": angles, CACHE_NAME: cache}
+    for layer in layers:
+        hidden = layer(hidden, **options)
+    if keep is not None:
+        options["keep"] = keep
+    return model.norm(last(hidden, **options))
 
 
 def _linear_reason(module: nn.Linear, backend: str) -> str | None:
@@ -321,27 +354,24 @@ def _linear_reason(module: nn.Linear, backend: str) -> str | None:
         return f"it is a {type(module).__qualname__}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
-    return _parameters_reason(module, backend)
+    return _parameters_reason(module, backend, ("cpp",))
 
 
-def _parameters_reason(module: nn.Module, backend: str) -> str | None:
+def _parameters_reason(module: nn.Module, backend: str, kernels: tuple[str, ...]) -> str | None:
     dtype = module.weight.dtype
     for name, tensor in module._parameters.items():
         if tensor is None:
             continue
         if type(tensor) is not nn.Parameter:
             return f"its {name} is a {type(tensor).__qualname__}"
-        if tensor.dtype not in DTYPES or tensor.dtype != dtype:
+        own = _kernels(tensor.device, backend)
+        if tensor.dtype not in (FLOAT_DTYPES if own == "gpu" else DTYPES) or tensor.dtype != dtype:
             return f"its {name} is in {tensor.dtype}"
         if tensor.layout != torch.strided or tensor.stride(-1) != 1:
             return f"its {name} is not contiguous"
-        if tensor.device.type != "cpu" or resolve(backend, tensor.device) != "cpp":
-            return f"its {name} is on {tensor.device} and the backend is {backend!r}; the C++ kernels do not run"
+        if own not in kernels:
+            return f"its {name} is on {tensor.device} and the backend is {backend!r}; there torch runs it"
     return None
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def keeps_last(model: nn.Module) -> bool:
@@ -385,7 +415,7 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
     if set(modules) != {*classes, *projections, "mlp.act_fn"}:
         return "it has other submodules than its class is known for"
     for name, module in modules.items():
-        if name and _has_hooks(module):  # its own run anyway
+        if name and has_hooks(module):  # its own run anyway
             return f"{name} has hooks"
         if "forward" in module.__dict__:
             return f"the forward of {name or 'the layer'} was replaced"
@@ -393,10 +423,12 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
             return f"{name} is a {type(module).__qualname__}"
         if name in projections and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__qualname__}"
-        if module._parameters and (reason := _parameters_reason(module, backend)):
+        if module._parameters and (reason := _parameters_reason(module, backend, ("cpp", "gpu"))):
             return f"{name}: {reason}"
-    if len({parameter.dtype for parameter in layer.parameters()}) > 1:
-        return "its parameters are of several dtypes"
+    if len({(parameter.dtype, parameter.device) for parameter in layer.parameters()}) > 1:
+        return "its parameters are of several dtypes or on several devices"
+    if _kernels(_device(layer), backend) == "gpu" and (missing := backends.available()["triton"]):
+        return f"what stands between its linear layers is in Triton, and {missing}"
     if any(modules[f"mlp.{name}_proj"].bias is not None for name in ("gate", "up", "down")):
         return "its MLP has biases"
     if type(modules["mlp.act_fn"]) not in (nn.SiLU, type(ACT2FN["silu"])):

@@ -1,4 +1,4 @@
-"""Writes the keys and values of a window into a preallocated cache."""
+"""Writes the keys and values of a window into a preallocated cache, and rotates its queries on the way."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def append_kv_(
     lengths: torch.Tensor,
     cos: torch.Tensor | None = None,
     sin: torch.Tensor | None = None,
+    query: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Writes the window's keys and values to rows [L, L + n) of each batch row's cache, in place.
@@ -45,11 +46,14 @@ def append_kv_(
     sum are rounded to the dtype of cos, and the sum then to that of the cache. All backends give the same bits.
     RoPE: Su et al., 2021, arXiv:2104.09864.
 
+    query [B, n, Hq, D], allowed with cos and sin: the window's queries, rotated in the same way and in place, so that one
+    launch prepares `block_attention`. Also of rows whose keys do not fit.
+
     Raises ValueError, before anything is written, on shapes, dtypes, devices or strides that do not fit,
     and on the CPU when a row has L < 0 or L + n > S. On other devices rows are not checked, because that
     would make the host wait for them.
     """
-    _call(key_cache, value_cache, key, value, lengths, cos, sin, backend)
+    _call(key_cache, value_cache, key, value, lengths, cos, sin, query, backend)
 
 
 def _check_angles(key, cos, sin) -> None:
@@ -69,6 +73,16 @@ def _check_angles(key, cos, sin) -> None:
     check_same("sin", sin, "cos", cos)
     check_last_dim("cos", cos)
     check_last_dim("sin", sin)
+
+
+def _check_query(query, key, cos) -> None:
+    check_rank("query", query, "B, n, Hq, D")
+    batch, _, width, dim = key.shape
+    check_shape("query", query, (batch, width, query.size(2), dim))
+    if cos is None:
+        raise ValueError("query is given without cos and sin; it is what they rotate")
+    check_same("query", query, "key_cache", key)
+    check_last_dim("query", query)
 
 
 def _fits(key_cache, value_cache, key, value, lengths) -> bool:
@@ -92,8 +106,8 @@ def _fits(key_cache, value_cache, key, value, lengths) -> bool:
     )
 
 
-def _check(key_cache, value_cache, key, value, lengths, cos, sin) -> None:
-    if cos is None and sin is None and _fits(key_cache, value_cache, key, value, lengths):
+def _check(key_cache, value_cache, key, value, lengths, cos, sin, query) -> None:
+    if cos is None and sin is None and query is None and _fits(key_cache, value_cache, key, value, lengths):
         return
     check_rank("key_cache", key_cache, "B, Hkv, S, D")
     check_rank("value_cache", value_cache, "B, Hkv, S, Dv")
@@ -113,6 +127,8 @@ def _check(key_cache, value_cache, key, value, lengths, cos, sin) -> None:
         raise ValueError(f"the window has n = {width} rows; the cache has room for S = {capacity}")
     if cos is not None or sin is not None:
         _check_angles(key, cos, sin)
+    if query is not None:
+        _check_query(query, key, cos)
 
 
 def check_room(lengths: torch.Tensor, width: int, capacity: int) -> None:
@@ -135,23 +151,31 @@ def rotate(key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
     return torch.cat((turned.to(key.dtype), rest), 3)
 
 
-def reference(key_cache, value_cache, key, value, lengths, cos=None, sin=None) -> None:
+def _rotate_query_(query, cos, sin) -> None:
+    query.copy_(rotate(query.transpose(1, 2), cos, sin).transpose(1, 2))
+
+
+def reference(key_cache, value_cache, key, value, lengths, cos=None, sin=None, query=None) -> None:
     batch, _, capacity, _ = key_cache.shape
     width = key.size(2)
     check_room(lengths, width, capacity)
     if cos is not None:
         key = rotate(key, cos, sin)
+    if query is not None:
+        _rotate_query_(query, cos, sin)
     rows = torch.arange(batch, device=lengths.device)[:, None]
     positions = lengths[:, None] + torch.arange(width, device=lengths.device)
     key_cache[rows, :, positions] = key.transpose(1, 2)
     value_cache[rows, :, positions] = value.transpose(1, 2)
 
 
-def _implementation(key_cache, value_cache, key, value, lengths, cos=None, sin=None, backend="auto") -> None:
-    _check(key_cache, value_cache, key, value, lengths, cos, sin)
+def _implementation(
+    key_cache, value_cache, key, value, lengths, cos=None, sin=None, query=None, backend="auto"
+) -> None:
+    _check(key_cache, value_cache, key, value, lengths, cos, sin, query)
     backend = backends.resolve(backend, key_cache.device)
     if backend == "torch":
-        reference(key_cache, value_cache, key, value, lengths, cos, sin)
+        reference(key_cache, value_cache, key, value, lengths, cos, sin, query)
         return
     batch, heads, capacity, dim = key_cache.shape
     lengths = lengths.contiguous()
@@ -160,7 +184,7 @@ def _implementation(key_cache, value_cache, key, value, lengths, cos=None, sin=N
 
         check_room(lengths, key.size(2), capacity)
         with torch.cuda.device_of(key_cache):  # Triton launches on the current device
-            run(key_cache, value_cache, key, value, lengths, cos, sin)
+            run(key_cache, value_cache, key, value, lengths, cos, sin, query)
         return
     angles = [(0, 0, 0) if tensor is None else (tensor.data_ptr(), *tensor.stride()[:2]) for tensor in (cos, sin)]
     rotary, angle_dtype = (0, key.dtype) if cos is None else (cos.size(2), cos.dtype)
@@ -175,18 +199,21 @@ def _implementation(key_cache, value_cache, key, value, lengths, cos=None, sin=N
     )  # fmt: skip
     if backend == "cuda":
         check_room(lengths, key.size(2), capacity)
-        backends.CUDA.append_kv(*arguments, *backends.cuda_stream(key.device))
+        turned = (0, 0, 0, 0, 0) if query is None else (query.data_ptr(), *query.stride()[:3], query.size(2))
+        backends.CUDA.append_kv(*arguments, *turned, *backends.cuda_stream(key.device))
         return
     backends.EXTENSION.append_kv(*arguments, torch.get_num_threads())
+    if query is not None:
+        _rotate_query_(query, cos, sin)
 
 
-def _fake(key_cache, value_cache, key, value, lengths, cos=None, sin=None, backend="auto") -> None:
-    _check(key_cache, value_cache, key, value, lengths, cos, sin)
+def _fake(key_cache, value_cache, key, value, lengths, cos=None, sin=None, query=None, backend="auto") -> None:
+    _check(key_cache, value_cache, key, value, lengths, cos, sin, query)
 
 
 _call = register(
     "append_kv_(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor key, Tensor value, Tensor lengths, "
-    'Tensor? cos=None, Tensor? sin=None, str backend="auto") -> ()',
+    'Tensor? cos=None, Tensor? sin=None, Tensor(c!)? query=None, str backend="auto") -> ()',
     _implementation,
     _fake,
 )

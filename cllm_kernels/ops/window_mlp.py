@@ -11,7 +11,7 @@ from .block_attention import DTYPE_CODES
 from .window_linear import (
     DTYPES, LAYER_ROWS, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
 )  # fmt: skip
-from .window_qkv import rms_norm_reference
+from .rms_norm import reference as rms_norm_reference
 
 
 def window_mlp(

@@ -7,6 +7,7 @@ import torch
 from .. import backends
 from ._library import check_same, check_shape, register
 from .block_attention import DTYPE_CODES
+from .rms_norm import reference as rms_norm_reference
 from .window_linear import (
     DTYPES, LAYER_ROWS, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
 )  # fmt: skip
@@ -95,11 +96,6 @@ def _check(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bia
         if tensor is not None:
             check_shape(name, tensor, (dim,))
             check_same(name, tensor, "x", x)
-
-
-def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    wide = x if x.dtype == torch.float64 else x.to(torch.float32)
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

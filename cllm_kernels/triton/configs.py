@@ -151,3 +151,8 @@ def merge_rows(splits: int, value_dim: int, rows: int) -> int:
 def converge_rows(width: int, rows: int) -> int:
     """Rows that the block of `converge_` takes at a time, `width` being padded to a power of two."""
     return min(next_power(rows), max(1, 256 // width))
+
+
+def norm_warps(pad: int) -> int:
+    """Warps that share a row of `pad` elements, 16 or fewer for each thread up to rows of 8,192. Not measured."""
+    return max(1, min(16, pad // 512))

@@ -47,11 +47,12 @@ void append_kv(uintptr_t key_cache, int64_t kc0, int64_t kc1, int64_t kc2, uintp
                int64_t vc1, int64_t vc2, uintptr_t key, int64_t k0, int64_t k1, int64_t k2, uintptr_t value, int64_t v0,
                int64_t v1, int64_t v2, uintptr_t cos, int64_t c0, int64_t c1, uintptr_t sin, int64_t s0, int64_t s1,
                uintptr_t lengths, int64_t batch, int64_t kv_heads, int64_t capacity, int64_t width, int64_t dim,
-               int64_t value_dim, int64_t rotary_dim, int dtype, int angle_dtype, int device, uintptr_t stream) {
+               int64_t value_dim, int64_t rotary_dim, int dtype, int angle_dtype, uintptr_t query, int64_t q0, int64_t q1,
+               int64_t q2, int64_t heads, int device, uintptr_t stream) {
   cuda::append_kv({strided(key_cache, kc0, kc1, kc2), strided(value_cache, vc0, vc1, vc2), strided(key, k0, k1, k2),
                    strided(value, v0, v1, v2), strided(cos, c0, c1, 1), strided(sin, s0, s1, 1),
                    pointer<const int32_t>(lengths), batch, kv_heads, capacity, width, dim, value_dim, rotary_dim,
-                   static_cast<DType>(dtype), static_cast<DType>(angle_dtype)},
+                   static_cast<DType>(dtype), static_cast<DType>(angle_dtype), strided(query, q0, q1, q2), heads},
                   {device, pointer<void>(stream)});
 }
 

@@ -52,6 +52,8 @@ struct AppendParams {
   const int32_t* lengths;
   int64_t batch, kv_heads, capacity, width, dim, value_dim, rotary_dim;
   DType dtype, angle_dtype;  // angle_dtype: dtype or f32
+  Strided query{};           // [B, n, Hq, D], rotated in place; null: none
+  int64_t heads{};
 };
 
 // y = x W^T + b for a few rows of x.

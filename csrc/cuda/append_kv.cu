@@ -20,7 +20,7 @@ void launch_append(const AppendParams& p, const Stream& stream) {
   const int64_t key_items = std::is_void_v<T> ? p.dim / vectors : p.dim;
   const int64_t items = p.width * (key_items + value_items);
   const dim3 grid(static_cast<unsigned>((items + append_threads - 1) / append_threads),
-                  static_cast<unsigned>(p.kv_heads), static_cast<unsigned>(p.batch));
+                  static_cast<unsigned>(p.kv_heads + p.heads), static_cast<unsigned>(p.batch));
   const AppendArguments arguments{p, static_cast<int>(key_items), static_cast<int>(value_items)};
   launch(append_kernel<Vector, T, A>, grid, append_threads, 0, stream, arguments);
 }

@@ -1,4 +1,4 @@
-// append_kv_: a thread copies one vector of a key or a value; with a rotation, one element of a key.
+// append_kv_: a thread copies one vector of a key or a value; with a rotation, one element of a key, or a pair of a query.
 #pragma once
 
 #include <type_traits>
@@ -33,8 +33,18 @@ __device__ float rounded(float x) {
   return widen(narrowed);
 }
 
+// x cos + other sin, where both products and the sum are rounded to the type of the angles.
+template <class A>
+__device__ float turned(float x, float other, A cos, A sin) {
+  return rounded<A>(__fadd_rn(rounded<A>(__fmul_rn(x, widen(cos))), rounded<A>(__fmul_rn(other, widen(sin)))));
+}
+
+template <class A>
+__device__ const A* angles(const Strided& of, int64_t batch, int64_t token) {
+  return static_cast<const A*>(of.data) + batch * of.strides[0] + token * of.strides[1];
+}
+
 // Writes element d of a key k: k[d] cos[d] + k'[d] sin[d], where k' is k with its halves swapped, the first negated.
-// Both products and the sum are rounded to the type of the angles.
 template <class T, class A>
 __device__ void rotate_item(const AppendArguments& a, int64_t batch, int64_t head, int64_t token, int64_t position,
                             int d) {
@@ -50,18 +60,34 @@ __device__ void rotate_item(const AppendArguments& a, int64_t batch, int64_t hea
     return;
   }
   const float other = d < half ? -widen(from[d + half]) : widen(from[d - half]);
-  const float cos = widen(static_cast<const A*>(p.cos.data)[batch * p.cos.strides[0] + token * p.cos.strides[1] + d]);
-  const float sin = widen(static_cast<const A*>(p.sin.data)[batch * p.sin.strides[0] + token * p.sin.strides[1] + d]);
-  const float sum = __fadd_rn(rounded<A>(__fmul_rn(widen(from[d]), cos)), rounded<A>(__fmul_rn(other, sin)));
-  narrow(rounded<A>(sum), to + d);
+  const A *cos = angles<A>(p.cos, batch, token), *sin = angles<A>(p.sin, batch, token);
+  narrow(turned(widen(from[d]), other, cos[d], sin[d]), to + d);
 }
 
-// Grid: items of all tokens x heads x rows. `T` is the element type where keys are rotated, else void; `A` that of the
+// Both elements of a pair of a query, in place.
+template <class T, class A>
+__device__ void rotate_query(const AppendParams& p, int64_t batch, int64_t head, int64_t index) {
+  const int half = static_cast<int>(p.rotary_dim) / 2, d = static_cast<int>(index % half);
+  const int64_t token = index / half;
+  if (token >= p.width) return;
+  T* at = static_cast<T*>(p.query.data) + batch * p.query.strides[0] + token * p.query.strides[1] +
+          head * p.query.strides[2] + d;
+  const A *cos = angles<A>(p.cos, batch, token) + d, *sin = angles<A>(p.sin, batch, token) + d;
+  const float first = widen(at[0]), second = widen(at[half]);
+  narrow(turned(first, -second, cos[0], sin[0]), at);
+  narrow(turned(second, first, cos[half], sin[half]), at + half);
+}
+
+// Grid: items of all tokens x heads, behind those of the cache those of the queries, x rows. `T` is the element type where keys are rotated, else void; `A` that of the
 // angles.
 template <class Vector, class T, class A>
 CLLM_KERNEL(append_threads, 4) append_kernel(AppendArguments a) {
   const AppendParams& p = a.params;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * append_threads + threadIdx.x;
+  if (blockIdx.y >= p.kv_heads) {
+    if constexpr (!std::is_void_v<T>) rotate_query<T, A>(p, blockIdx.z, blockIdx.y - p.kv_heads, index);
+    return;
+  }
   const int items = a.key_items + a.value_items;
   const int64_t token = index / items, head = blockIdx.y, batch = blockIdx.z;
   const int item = static_cast<int>(index % items);

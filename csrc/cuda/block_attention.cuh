@@ -110,26 +110,38 @@ __device__ void merge_row(const AttentionArguments& a, int64_t batch, int64_t he
   top = fmaxf(top, sink);
   const float shift = top == -INFINITY ? 0.0f : top;
 
-  constexpr int most = 256 / 32;
-  float sum[most] = {};
-  float total = exp2_fast(sink - shift);
+  // Results of several splits are on their way at the same time: one after the other, each would take as long as a launch.
+  constexpr int most = 256 / 32, ahead = 4;
+  float sum[most] = {}, total = 0;
   for (int begin = 0; begin < a.splits; begin += 32) {
     const int split = begin + lane;
     const float lse = split < a.splits
                           ? load_shared_result(a.partial_lse + base + static_cast<int64_t>(split) * a.rows)
                           : -INFINITY;
+    const float weight = exp2_fast(lse - shift);
+    const uint32_t filled = __ballot_sync(all_lanes, lse != -INFINITY);
+    total += weight;
     const int count = smaller(32, a.splits - begin);
-    for (int i = 0; i < count; ++i) {
-      const float one = __shfl_sync(all_lanes, lse, i);
-      if (one == -INFINITY) continue;
-      const float weight = exp2_fast(one - shift);
-      total += weight;
-      const float* from = a.partial_out + (base + static_cast<int64_t>(begin + i) * a.rows) * p.value_dim;
+    for (int i = 0; i < count; i += ahead) {
+      float value[ahead][most];
 #pragma unroll
-      for (int d = 0; d < most; ++d)
-        if (d * 32 + lane < p.value_dim) sum[d] += weight * load_shared_result(from + d * 32 + lane);
+      for (int next = 0; next < ahead; ++next) {
+        const float* from = a.partial_out + (base + static_cast<int64_t>(begin + i + next) * a.rows) * p.value_dim;
+        const bool read = filled >> (i + next) & 1;
+#pragma unroll
+        for (int d = 0; d < most; ++d)
+          value[next][d] = read && d * 32 + lane < p.value_dim ? load_shared_result(from + d * 32 + lane) : 0.0f;
+      }
+#pragma unroll
+      for (int next = 0; next < ahead; ++next) {
+        const float one = __shfl_sync(all_lanes, weight, i + next);
+#pragma unroll
+        for (int d = 0; d < most; ++d) sum[d] += one * value[next][d];
+      }
     }
   }
+  for (int step = 16; step; step /= 2) total += __shfl_xor_sync(all_lanes, total, step);
+  total += exp2_fast(sink - shift);
   T* out = static_cast<T*>(p.out) + ((batch * p.width + token) * p.heads + query_head) * p.value_dim;
   const float factor = total == 0 ? 0.0f : 1 / total;
 #pragma unroll
@@ -456,7 +468,7 @@ constexpr int merge_threads = 128;
 
 // Grid: rows, four to a block, x cache heads x batch rows.
 template <class T>
-CLLM_KERNEL(merge_threads, 8) merge_kernel(AttentionArguments a) {
+CLLM_KERNEL(merge_threads, 4) merge_kernel(AttentionArguments a) {
   const int row = blockIdx.x * (merge_threads / 32) + threadIdx.x / 32;
   if (row < a.rows) merge_row<T>(a, blockIdx.z, blockIdx.y, row);
 }

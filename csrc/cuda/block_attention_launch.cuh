@@ -1,4 +1,5 @@
-// The tiles of each head size; their shared memory fits into 99 KiB, what a block can have from sm_86 on. Not measured.
+// The tiles of each head size; their shared memory fits into 99 KiB, what a block can have from sm_86 on.
+// Those for heads of 128 were measured on an H100: eight warps are faster than four for 64 rows.
 #pragma once
 
 #include "block_attention.cuh"
@@ -11,19 +12,19 @@ template <>
 struct Tiles<64> {
   using Few = Tile<64, 1, 4, 64, 3>;
   using Some = Tile<64, 2, 2, 64, 3>;
-  using Many = Tile<64, 4, 1, 64, 3>;
+  using Many = Tile<64, 4, 2, 64, 3>;
 };
 template <>
 struct Tiles<96> {
   using Few = Tile<96, 1, 4, 64, 3>;
   using Some = Tile<96, 2, 2, 64, 2>;
-  using Many = Tile<96, 4, 1, 64, 2>;
+  using Many = Tile<96, 4, 2, 64, 2>;
 };
 template <>
 struct Tiles<128> {
   using Few = Tile<128, 1, 4, 64, 2>;
   using Some = Tile<128, 2, 2, 64, 2>;
-  using Many = Tile<128, 4, 1, 64, 2>;
+  using Many = Tile<128, 4, 2, 64, 2>;
 };
 template <>
 struct Tiles<256> {

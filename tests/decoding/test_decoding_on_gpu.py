@@ -1,7 +1,9 @@
 """Jacobi decoding on a GPU equals generate there, token for token in fp32."""
 
 import functools
+import gc
 import json
+import warnings
 from pathlib import Path
 from unittest import mock
 
@@ -64,6 +66,18 @@ def test_graphs_are_kept_for_prompts_of_like_length():
         for parameter in model.parameters():
             parameter.mul_(1.1)
     assert torch.equal(generator.generate(**other, **options), model.generate(**other, **options))
+
+
+def test_graphs_are_captured_when_all_earlier_ones_are_gone():
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    want = model.generate(**inputs, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)  # of a capture that failed
+        for _ in range(3):
+            assert torch.equal(JacobiGenerator(model, JacobiConfig(block_size=6)).generate(**inputs, **options), want)
+            gc.collect()
 
 
 def test_an_iteration_does_not_wait_for_the_device(monkeypatch):

@@ -302,7 +302,7 @@ def test_nothing_is_swapped_without_the_kernels():
     model = make_model()
     with optimize(model, "torch") as done:
         assert not done.linears and not done.layers
-        assert "the C++ kernels do not run" in done.left["lm_head"]
+        assert "there torch runs it" in done.left["lm_head"]
         assert not any("forward" in module.__dict__ for module in model.modules())
 
 

@@ -68,7 +68,7 @@ def test_rotates_keys_as_transformers(dim, rotary, dtype, angle_dtype, backend):
     cos, sin = make_angles(3, 5, rotary, angle_dtype)
     _, turned = apply_rotary_pos_emb(key[..., :rotary], key[..., :rotary], cos, sin)
     turned = torch.cat((turned.to(dtype), key[..., rotary:]), -1)
-    append_kv_(key_cache, value_cache, key, value, lengths, cos, sin, backend)
+    append_kv_(key_cache, value_cache, key, value, lengths, cos, sin, backend=backend)
     for row, length in enumerate(lengths.tolist()):
         assert torch.equal(key_cache[row, :, length : length + 5], turned[row])
         assert torch.equal(value_cache[row, :, length : length + 5], value[row])
@@ -81,10 +81,30 @@ def test_rotates_strided_keys(backend):
     key = torch.randn(3, 4, 2, 8).transpose(1, 2)
     cos, sin = (torch.randn(4, 16)[:, 4:10].expand(3, 4, 6) for _ in range(2))
     turned = key[..., :6] * cos[:, None] + torch.cat((-key[..., 3:6], key[..., :3]), -1) * sin[:, None]
-    append_kv_(key_cache, value_cache, key, value, torch.tensor([1, 2, 3], dtype=torch.int32), cos, sin, backend)
+    append_kv_(key_cache, value_cache, key, value, torch.tensor([1, 2, 3], dtype=torch.int32), cos, sin, backend=backend)
     for row, length in enumerate((1, 2, 3)):
         assert torch.equal(key_cache[row, :, length : length + 4, :6], turned[row])
         assert torch.equal(key_cache[row, :, length : length + 4, 6:], key[row, :, :, 6:])
+
+
+@pytest.mark.parametrize(("dtype", "angle_dtype"), ANGLES, ids=str)
+@pytest.mark.parametrize(("dim", "rotary"), [(8, 8), (6, 6), (80, 32), (96, 38), (128, 128), (33, 18)])
+def test_rotates_queries_as_keys(dim, rotary, dtype, angle_dtype, backend):
+    """In place, as a slice of a larger tensor, beside which nothing changes."""
+    key_cache, value_cache, key, value = make(width=17, dim=dim, dtype=dtype)
+    store = torch.randn(3, 17, 7, dim + 3).to(dtype)
+    query, want, before = store[:, :, 1:6, :dim], store.clone(), key.clone()
+    cos, sin = make_angles(3, 17, rotary, angle_dtype)
+    for tensor in (cos, sin):  # halves that differ
+        tensor[..., : rotary // 2] *= -0.5
+    lengths = torch.tensor([0, 3, 1], dtype=torch.int32)
+    turned, _ = apply_rotary_pos_emb(query.transpose(1, 2)[..., :rotary], key[..., :rotary], cos, sin)
+    want[:, :, 1:6, :rotary] = turned.transpose(1, 2).to(dtype)
+    append_kv_(key_cache, value_cache, key, value, lengths, cos, sin, query, backend=backend)
+    assert torch.equal(store, want) and torch.equal(key, before)
+    _, turned = apply_rotary_pos_emb(key[..., :rotary], key[..., :rotary], cos, sin)
+    for row, length in enumerate(lengths.tolist()):
+        assert torch.equal(key_cache[row, :, length : length + 17, :rotary], turned[row].to(dtype))
 
 
 @pytest.mark.parametrize("lengths", [[0, -1, 3], [0, 3, 17], [0, 0, 2**31 - 1]], ids=str)
@@ -94,6 +114,10 @@ def test_a_row_without_room_stops_all_rows(lengths, backend):
     with pytest.raises(ValueError, match=r"row [12] has length .* n = 4 .* S = 20"):
         append_kv_(key_cache, value_cache, key, value, torch.tensor(lengths, dtype=torch.int32), backend=backend)
     assert torch.equal(key_cache, before[0]) and torch.equal(value_cache, before[1])
+
+
+def angles(**rest):
+    return {name: torch.zeros(3, 4, 8) for name in ("cos", "sin")} | rest
 
 
 BAD = {
@@ -120,6 +144,11 @@ BAD = {
     "sin has dtype torch.float64": lambda a: {"cos": torch.zeros(3, 4, 8), "sin": torch.zeros(3, 4, 8).double()},
     "cos is on meta": lambda a: {name: torch.zeros(3, 4, 8, device="meta") for name in ("cos", "sin")},
     "sin has strides": lambda a: {"cos": torch.zeros(3, 4, 8), "sin": torch.zeros(3, 8, 4).transpose(1, 2)},
+    "query is given without cos and sin": lambda a: {"query": torch.zeros(3, 4, 2, 8)},
+    r"query has shape \(3, 5, 2, 8\)": lambda a: angles(query=torch.zeros(3, 5, 2, 8)),
+    r"query has shape \(3, 4, 8\)": lambda a: angles(query=torch.zeros(3, 4, 8)),
+    "query has dtype torch.float16": lambda a: angles(query=torch.zeros(3, 4, 2, 8).half()),
+    "query has strides": lambda a: angles(query=torch.zeros(3, 4, 8, 2).transpose(2, 3)),
     "backend is ''": lambda a: {"backend": ""},
 }
 
@@ -139,6 +168,6 @@ def test_bad_input(message, backend):
 
 def test_opcheck(backend):
     lengths = torch.tensor([0, 3, 16], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.cllm_kernels.append_kv_.default, (*make(), lengths, None, None, backend))
-    angles = make_angles(3, 4, 6, torch.float32)
-    torch.library.opcheck(torch.ops.cllm_kernels.append_kv_.default, (*make(), lengths, *angles, backend))
+    query, angles = torch.randn(3, 4, 6, 8), make_angles(3, 4, 6, torch.float32)
+    for rest in ((None, None, None), (*angles, None), (*angles, query)):
+        torch.library.opcheck(torch.ops.cllm_kernels.append_kv_.default, (*make(), lengths, *rest, backend))

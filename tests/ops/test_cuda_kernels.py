@@ -52,11 +52,10 @@ def test_branches_in_each_tile(dtype, options, group):
 
 @pytest.mark.parametrize("capacity", [40, 700, 9000])
 def test_splits_are_merged_where_it_says(capacity):
-    """One split needs no workspace, few are merged by the last block, many by a kernel of their own."""
-    floats, tickets = backends.CUDA.attention_workspace(2, 16, 32, 8, capacity, 128, 128)
-    assert (floats > 0, tickets > 0) == {40: (False, False), 700: (True, False), 9000: (True, False)}[capacity]
-    floats, tickets = backends.CUDA.attention_workspace(2, 4, 32, 8, capacity, 128, 128)
-    assert (floats > 0, tickets > 0) == {40: (False, False), 700: (True, True), 9000: (True, False)}[capacity]
+    """One split needs no workspace; those of few rows are merged by the last block, of many by a kernel of their own."""
+    for width, in_block in ((1, True), (16, False)):
+        floats, tickets = backends.CUDA.attention_workspace(2, width, 32, 8, capacity, 128, 128)
+        assert (floats > 0, tickets > 0) == (capacity > 40, capacity > 40 and in_block)
 
 
 @pytest.mark.parametrize("length", [5, 1200])

@@ -194,10 +194,12 @@ def test_append_rotates_as_on_the_cpu(dim, rotary, dtype, wide, gpu_backend):
     caches = [torch.zeros(3, 2, 60, dim, dtype=dtype) for _ in range(2)]
     window = [torch.randn(3, 16, 2, dim).to(dtype).transpose(1, 2) for _ in range(2)]
     angles = make_angles(3, 16, rotary, torch.float32 if wide else dtype)
-    on_gpu = [tensor.to(DEVICE) for tensor in (*caches, *window, lengths, *angles)]
-    append_kv_(*caches, *window, lengths, *angles, backend="torch")
+    query = torch.randn(3, 16, 5, dim).to(dtype)
+    on_gpu = [tensor.to(DEVICE, copy=True) for tensor in (*caches, *window, lengths, *angles, query)]
+    append_kv_(*caches, *window, lengths, *angles, query, backend="torch")
     append_kv_(*on_gpu, backend=gpu_backend)
     assert torch.equal(on_gpu[0].cpu(), caches[0]) and torch.equal(on_gpu[1].cpu(), caches[1])
+    assert torch.equal(on_gpu[-1].cpu(), query)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 17, 33, 64, 128, 300])

@@ -43,7 +43,7 @@ def test_block_attention(lengths, capacity):
 def test_append_kv():
     caches, window = [torch.randn(2, 2, 20, 8) for _ in range(2)], [torch.randn(2, 2, 4, 8) for _ in range(2)]
     with Allocations() as made:
-        append_kv.append_kv_(*caches, *window, torch.tensor([1, 2], dtype=torch.int32), *torch.randn(2, 2, 4, 6))
+        append_kv.append_kv_(*caches, *window, torch.tensor([1, 2], dtype=torch.int32), *torch.randn(2, 2, 4, 6), None)
     assert made.bytes == []
 
 

@@ -1,0 +1,123 @@
+"""Decoder layers on a GPU: torch's matrix products, and a launch of this package for all that stands between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..decoding import CACHE_NAME, JacobiCache
+from ..ops import add_rms_norm, block_attention, rms_norm, silu_mul
+from .attention import from_mask, has_hooks
+
+
+class GpuLayer:
+    """What the forward of a decoder layer of Llama, Mistral, Qwen2 or Qwen3 computes, in parts that can be joined.
+
+    Weights are read anew in each call, lest one that was replaced stay in use.
+    """
+
+    def __init__(self, layer: nn.Module, sliding_window: int | None, backend: str):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.index, self.scaling, self.sliding_window = attention.layer_idx, attention.scaling, sliding_window or 0
+        self.first, self.second = layer.input_layernorm, layer.post_attention_layernorm
+        self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self.output, self.gate, self.up, self.down = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+        self.dim = attention.head_dim
+        self.backend = backend
+        # the norms and the activation have no CUDA C++
+        self.between = "auto" if backend == "cuda" else backend
+
+    def takes(self, hidden: torch.Tensor, cache: object) -> bool:
+        return (
+            type(cache) is JacobiCache
+            and hidden.dtype == self.output._parameters["weight"].dtype
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled(hidden.device.type)
+        )
+
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        delta: torch.Tensor | None,
+        mask: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor],
+        cache: JacobiCache,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's output as two summands ``[B, n, H]``, from its input as two; delta None stands for zeros."""
+        hidden, normed = add_norm(hidden, delta, self.first, self.between)
+        q, k, v = (_linear(projection, normed).unflatten(2, (-1, self.dim)) for projection in self.qkv)
+        if self.head_norms[0] is not None:
+            q, k = (_norm(x, norm, self.between) for x, norm in zip((q, k), self.head_norms, strict=True))
+        angles = [x.expand(hidden.shape[0], -1, -1) for x in angles]
+        keys, values = cache.append(k.transpose(1, 2), v.transpose(1, 2), self.index, *angles, q)
+        lengths, starts, branch = from_mask(mask)
+        attended, _ = block_attention(
+            q, keys, values, lengths, starts, self.scaling, self.sliding_window, 0.0, None, branch, self.backend
+        )
+        hidden, normed = add_norm(hidden, _linear(self.output, attended.flatten(2)), self.second, self.between)
+        inner = silu_mul(_linear(self.gate, normed), _linear(self.up, normed), self.between)
+        return hidden, _linear(self.down, inner)
+
+
+def _linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    parameters = layer._parameters
+    return F.linear(x, parameters["weight"], parameters["bias"])
+
+
+def _norm(x: torch.Tensor, norm: nn.Module, backend: str) -> torch.Tensor:
+    return rms_norm(x, norm._parameters["weight"], norm.variance_epsilon, backend)
+
+
+def add_norm(
+    hidden: torch.Tensor, delta: torch.Tensor | None, norm: nn.Module, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum, and the norm of it; delta None stands for zeros."""
+    if delta is None:
+        return hidden, _norm(hidden, norm, backend)
+    return add_rms_norm(hidden, delta, norm._parameters["weight"], norm.variance_epsilon, backend)
+
+
+def layer_forward(layer: nn.Module, sliding_window: int | None, backend: str) -> Callable:
+    """What a layer's forward is swapped for."""
+    before, run = type(layer).forward.__get__(layer), GpuLayer(layer, sliding_window, backend)
+
+    def forward(
+        hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
+        position_embeddings=None, cache=None, **kwargs,
+    ):  # fmt: skip
+        cache = past_key_values if cache is None else cache
+        if not run.takes(hidden_states, cache):
+            return before(
+                hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
+                position_embeddings=position_embeddings, **{CACHE_NAME: cache}, **kwargs,
+            )  # fmt: skip
+        hidden, delta = run(hidden_states, None, attention_mask, position_embeddings, cache)
+        return hidden + delta
+
+    forward.run = run
+    return forward
+
+
+def run_layers(
+    model: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: JacobiCache, **options
+) -> torch.Tensor:
+    """All layers of a decoder, each swapped, and its norm; each addition in one launch with the norm behind it.
+
+    options: keyword arguments of every layer, for the case that one has hooks.
+    """
+    layers = list(model.layers)[: model.config.num_hidden_layers]
+    if any(has_hooks(layer) or not layer.forward.run.takes(hidden, cache) for layer in layers):
+        for layer in layers:
+            hidden = layer(hidden, position_embeddings=angles, **{CACHE_NAME: cache}, **options)
+        return model.norm(hidden)
+    delta = None
+    for layer in layers:
+        hidden, delta = layer.forward.run(hidden, delta, options["attention_mask"], angles, cache)
+    norm, known = model.norm, layers[0].input_layernorm
+    if type(norm) is not type(known) or "forward" in norm.__dict__ or has_hooks(norm) or norm.weight.dtype != hidden.dtype:
+        return norm(hidden + delta)
+    return add_norm(hidden, delta, norm, layers[0].forward.run.between)[1]
