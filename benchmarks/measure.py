@@ -43,13 +43,12 @@ def _seconds(function) -> float:
 
 @functools.cache
 def bandwidth(threads: int) -> float:
-    """Bytes per second that a large copy reads and writes on this device; on the CPU, or that a large sum reads, where
-    that is more: there a copy also reads what it is about to overwrite."""
+    """Bytes per second that a large copy reads and writes on this device, or that a large sum reads, where that is more."""
     size = 1 << (31 if ON_GPU else 27)
     source = torch.ones(size, dtype=torch.uint8, device=DEVICE)
     target = torch.empty_like(source)
     copied = 2 * size / _seconds(lambda: target.copy_(source))
-    return copied if ON_GPU else max(copied, size / _seconds(lambda: source.view(torch.float32).sum()))
+    return max(copied, size / _seconds(lambda: source.view(torch.float32).sum()))
 
 
 @functools.cache

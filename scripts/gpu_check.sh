@@ -6,9 +6,9 @@
 # Stages, each of which runs alone too and is stopped after its seconds, so that all take less than 9 minutes:
 #   build     compiles for the GPU that is here, in place
 #   wheel     installs as users do, and imports that
-#   test      the GPU tests
+#   test      the GPU tests, and beside them `sanitize`
 #   sanitize  the CUDA kernels under compute-sanitizer, where there is one
-#   decode    the bundled CLLM: real tokens per forward and per second
+#   decode    the bundled CLLM in bfloat16: real tokens per forward and per second
 #   steps     7B and 8B shapes with random weights: time of a step, floor, host gaps
 #   compiled  the same with torch.compile, of transformers and of ours
 #   kernels   the kernel benchmarks, and which of our kernels is faster where
@@ -20,8 +20,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-declare -A LIMIT=([build]=45 [wheel]=15 [test]=75 [steps]=105 [decode]=45 [kernels]=75 [sanitize]=40 [compiled]=130 [report]=5)
-ORDER=(build wheel test steps decode kernels sanitize compiled)
+declare -A LIMIT=([build]=45 [wheel]=20 [test]=110 [sanitize]=40 [steps]=110 [decode]=50 [kernels]=80 [compiled]=110 [report]=5)
+ORDER=(build test steps decode kernels compiled wheel)
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 steps_of() {
@@ -50,7 +50,11 @@ run_stage() {
         && "$PYTHON" -m pip install -q --no-deps --no-build-isolation --no-index --target build/gpu_site . \
         && (cd build/gpu_site && PYTHONPATH=. "$PYTHON" -c "import torch; from cllm_kernels import backends as b
 assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) == b.GPU_ORDER[0], b.available()") ;;
-    test) many_pytest tests/ops/test_ops_on_gpu.py tests/decoding/test_decoding_on_gpu.py ;;
+    test)  # beside each other: most of their time is the host's
+      local checks
+      run_stage sanitize & checks=$!
+      many_pytest tests/ops/test_ops_on_gpu.py tests/decoding/test_decoding_on_gpu.py || bad=1
+      wait "$checks" && return $bad ;;
     steps)
       local shape
       for shape in llama-2-7b qwen2.5-7b llama-3-8b; do
@@ -59,8 +63,8 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       done
       return $bad ;;
     decode)
-      "$PYTHON" -c "from cllm_kernels.cli import main; main()" bench --device cuda --model cllm=models/spider-cllm \
-        --prompts 8 --rounds 1 --batch 1 --batch 8 --block-size 16 --no-compiled --json "$PARTS/decode.json" ;;
+      "$PYTHON" -c "from cllm_kernels.cli import main; main()" bench --device cuda --dtype bfloat16 \
+        --model cllm=models/spider-cllm --prompts 8 --rounds 1 --batch 1 --batch 8 --block-size 16 --no-compiled --json "$PARTS/decode.json" ;;
     kernels)
       CLLM_BENCH_COMPILE_ALONE=1 many_pytest benchmarks/test_kernels.py
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py --benchmark-only \
@@ -71,14 +75,14 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
         && "$PYTHON" benchmarks/plot.py "$PARTS/kernels_$GPU.json" && cp "$PARTS"/*.png "$OUT" && return $bad ;;
     sanitize)
       command -v compute-sanitizer > /dev/null || { echo "not run: there is no compute-sanitizer in PATH"; return 0; }
-      local checks=() id  # beside each other: most of their time is the host's
+      local checks=() id
       sanitizer memcheck "sanitized or streams" & checks+=($!)
       sanitizer racecheck sanitized & checks+=($!)
       sanitizer synccheck sanitized & checks+=($!)
       for id in "${checks[@]}"; do wait "$id" || bad=1; done
       return $bad ;;
     compiled)
-      steps_of llama-2-7b --no-compiled --compiled-width 16 --compiled-width 1 --width 1 --width 16 --length 1024 \
+      steps_of llama-2-7b --no-compiled --compiled-width 16 --width 1 --width 16 --length 1024 \
         --json "$PARTS/steps_compiled.json" || bad=1
       steps_of llama-2-7b --width 1 --length 1024 --json "$PARTS/steps_compiled_hf.json" || bad=1
       return $bad ;;

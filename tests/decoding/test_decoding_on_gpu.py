@@ -36,6 +36,36 @@ def test_equals_generate(mode, backend):
         assert generator.statistics.backend == backend
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_known_families_equal_generate(family):
+    """With torch's kernels between the linear layers, and with ours."""
+    model = make_model(family, seed=3).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    want = model.generate(**inputs, **options)
+    for optimized in (False, True):
+        generator = JacobiGenerator(model, JacobiConfig(block_size=6, optimize=optimized))
+        assert torch.equal(generator.generate(**inputs, **options), want), optimized
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mode": "block"}, {"draft": "lookup"}, {"adaptive": True}, {"candidates": 2}, {"draft": "auto", "candidates": 2}],
+    ids=str,
+)
+def test_rows_that_end_apart_equal_generate(options):
+    """A batch of questions of several lengths, on each way through the loop."""
+    model, tokenizer = load_model(MODEL)
+    model.to("cuda")
+    tokenizer.padding_side = "left"
+    questions = [json.loads(line) for line in (MODEL / "held_out_sample.jsonl").read_text().splitlines()]
+    prompts = [prompt_for(row) for row in questions[:8]]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to("cuda")
+    want = model.generate(**inputs, do_sample=False, max_new_tokens=96)
+    got = JacobiGenerator(model, JacobiConfig(16, **options)).generate(**inputs, do_sample=False, max_new_tokens=96)
+    assert torch.equal(got, want)
+
+
 def test_candidates_equal_generate():
     model = make_model("llama", seed=4).cuda()
     inputs = {name: tensor.cuda() for name, tensor in make_prompts(4).items()}

@@ -20,11 +20,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cllm_kernels.triton import append_kv, block_attention, configs, converge, lm_head_argmax
+from cllm_kernels.triton import append_kv, block_attention, configs, converge, lm_head_argmax, rms_norm, silu_mul
 
 INT64 = ("seeds", "window", "output", "context", "eos", "keys", "indices")
 STORED = (
     "query", "key_cache", "value_cache", "key", "value", "out", "logits", "cos", "sin", "hidden", "weight", "bias",
+    "x", "delta", "total", "gate", "up",
 )  # fmt: skip
 ELEMENTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -37,14 +38,14 @@ def source(kernel, element, constants):
         if parameter.is_constexpr:
             signature[name] = "constexpr"
             continue
-        if name in ("scale", "cap", "inverse_temperature"):
+        if name in ("scale", "cap", "inverse_temperature", "eps"):
             signature[name] = "fp32"
             continue
         if name in STORED:
             signature[name] = f"*{element}"
         elif name in ("sinks", "lse", "partial_out", "partial_lse", "values"):
             signature[name] = "*fp32"
-        elif re.fullmatch(r"[a-z]+\d|\w+_stride|kv_heads|vocabulary|size", name) or parameter.do_not_specialize:
+        elif re.fullmatch(r"[a-z]+\d|\w+_stride|kv_heads|vocabulary|size|count", name) or parameter.do_not_specialize:
             signature[name] = "i32"
         else:
             signature[name] = "*i64" if name in INT64 else "*i32"
@@ -76,9 +77,10 @@ def cases():
                              SPLITS=splits, SINKS=False)  # fmt: skip
             yield f"merge D={dim} splits={splits}", block_attention._merge, "bf16", constants, 4, 3, dim == 128
         constants = dict(DIM=dim, VALUE_DIM=dim, PAD=pad, VALUE_PAD=pad, TOKENS=append_kv.TOKENS)
-        for rotary in (0, dim):
-            name = f"append D={dim} R={rotary}"
-            yield name, append_kv._append, "bf16", constants | {"ROTARY": rotary}, 4, 3, dim == 128
+        for rotary, query in ((0, False), (dim, False), (dim, True)):
+            name = f"append D={dim} R={rotary}{' with queries' if query else ''}"
+            turned = dict(ROTARY=rotary, HALF_PAD=configs.next_power(max(1, rotary // 2)), QUERY=query)
+            yield name, append_kv._append, "bf16", constants | turned, 4, 3, dim == 128
     for element in ELEMENTS:
         for sample in (False, True):
             constants = dict(SPLIT=configs.ARGMAX_SPLIT, BLOCK=configs.ARGMAX_BLOCK, SAMPLE=sample)
@@ -91,6 +93,12 @@ def cases():
             constants = tile | dict(BIAS=on, SCALE=on, SOFTCAP=on)
             yield (f"lm_head {element} {config}{name}", lm_head_argmax._argmax, element, constants, config.warps,
                    config.stages, not on or config.block_tokens == 16)  # fmt: skip
+    for element in ELEMENTS:
+        yield f"silu_mul {element}", silu_mul._silu_mul, element, dict(BLOCK=silu_mul.BLOCK), 4, 3, True
+        for size in (128, 896, 4096, 8192):
+            pad = configs.next_power(size)
+            constants = dict(ADD=size != 128, PAD=pad)
+            yield f"norm {size} {element}", rms_norm._rms_norm, element, constants, configs.norm_warps(pad), 3, size == 4096
     yield "lm_head join", lm_head_argmax._join, "bf16", dict(JOINED=lm_head_argmax.JOINED), 4, 3, True
     for rows, width, block_mode, context in ((1, 16, False, True), (64, 16, True, False), (8, 128, False, True)):
         constants = dict(ROWS=configs.converge_rows(width, rows), WIDTH=width, BLOCK_MODE=block_mode, CONTEXT=context)

@@ -14,8 +14,11 @@ from test_converge import agreeable_logits, assert_state, oracle, random_state
 from test_lm_head_argmax import ROUNDED, integers, wanted
 
 from cllm_kernels import backends
-from cllm_kernels.ops import JacobiState, append_kv_, block_attention, converge_, lm_head_argmax
+from cllm_kernels.ops import (
+    JacobiState, add_rms_norm, append_kv_, block_attention, converge_, lm_head_argmax, rms_norm, silu_mul,
+)  # fmt: skip
 from cllm_kernels.ops.philox import gumbel, noise_words
+from cllm_kernels.ops.rms_norm import reference as reference_norm
 from cllm_kernels.ops.state_fields import FIELDS
 
 DEVICE = torch.device(os.environ.get("CLLM_TEST_DEVICE", "cuda"))
@@ -200,6 +203,21 @@ def test_append_rotates_as_on_the_cpu(dim, rotary, dtype, wide, gpu_backend):
     append_kv_(*on_gpu, backend=gpu_backend)
     assert torch.equal(on_gpu[0].cpu(), caches[0]) and torch.equal(on_gpu[1].cpu(), caches[1])
     assert torch.equal(on_gpu[-1].cpu(), query)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 4096), (2, 3, 896), (3, 32, 128), (1, 20, 5000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_and_activation(dtype, shape):
+    x, delta, weight = 3 * torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    on_gpu = [tensor.to(DEVICE) for tensor in (x, delta, weight)]
+    total, normed = add_rms_norm(*on_gpu, 1e-5, "triton")
+    assert torch.equal(total.cpu(), x + delta)
+    assert torch.equal(normed, rms_norm(total, on_gpu[2], 1e-5, "triton"))
+    eps = torch.finfo(dtype).eps * (1.05 if dtype != torch.float32 else 4)
+    wide = (x + delta).double()
+    torch.testing.assert_close(normed.cpu().double(), reference_norm(wide, weight.double(), 1e-5), rtol=eps, atol=1e-7)
+    activated = torch.nn.functional.silu(x.double()) * delta.double()
+    torch.testing.assert_close(silu_mul(*on_gpu[:2], "triton").cpu().double(), activated, rtol=eps, atol=1e-7)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 16, 17, 33, 64, 128, 300])
