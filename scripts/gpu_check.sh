@@ -53,7 +53,7 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
     test)  # beside each other: most of their time is the host's
       local checks
       run_stage sanitize & checks=$!
-      many_pytest tests/ops/test_ops_on_gpu.py tests/decoding/test_decoding_on_gpu.py || bad=1
+      many_pytest tests/decoding/test_decoding_on_gpu.py tests/ops/test_ops_on_gpu.py || bad=1
       wait "$checks" && return $bad ;;
     steps)
       local shape

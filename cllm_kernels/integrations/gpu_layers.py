@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..decoding import CACHE_NAME, JacobiCache
+from ..decoding.session import beside
 from ..ops import add_rms_norm, block_attention, rms_norm, silu_mul
 from .attention import from_mask, has_hooks
 
@@ -49,7 +51,7 @@ class GpuLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output as two summands ``[B, n, H]``, from its input as two; delta None stands for zeros."""
         hidden, normed = add_norm(hidden, delta, self.first, self.between)
-        q, k, v = (_linear(projection, normed).unflatten(2, (-1, self.dim)) for projection in self.qkv)
+        q, k, v = (x.unflatten(2, (-1, self.dim)) for x in _linears(self.qkv, normed))
         if self.head_norms[0] is not None:
             q, k = (_norm(x, norm, self.between) for x, norm in zip((q, k), self.head_norms, strict=True))
         angles = [x.expand(hidden.shape[0], -1, -1) for x in angles]
@@ -59,13 +61,17 @@ class GpuLayer:
             q, keys, values, lengths, starts, self.scaling, self.sliding_window, 0.0, None, branch, self.backend
         )
         hidden, normed = add_norm(hidden, _linear(self.output, attended.flatten(2)), self.second, self.between)
-        inner = silu_mul(_linear(self.gate, normed), _linear(self.up, normed), self.between)
+        inner = silu_mul(*_linears((self.gate, self.up), normed), self.between)
         return hidden, _linear(self.down, inner)
 
 
 def _linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     parameters = layer._parameters
     return F.linear(x, parameters["weight"], parameters["bias"])
+
+
+def _linears(layers: Iterable[nn.Module], x: torch.Tensor) -> list[torch.Tensor]:
+    return beside([functools.partial(_linear, layer, x) for layer in layers], x.device)
 
 
 def _norm(x: torch.Tensor, norm: nn.Module, backend: str) -> torch.Tensor:

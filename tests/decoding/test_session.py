@@ -359,6 +359,42 @@ def test_graphs_share_memory_that_outlives_them(graphs, monkeypatch):
     assert pools == [None, (0, 1), (0, 1), (0, 1)] and len(live) == 1
 
 
+def test_calls_beside_each_other_are_branches_of_a_graph_alone(monkeypatch):
+    """Each begins behind what stood before them all, and what follows waits for all; elsewhere they run in order."""
+    log = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            log.append(f"{self.name} behind {other.name}")
+
+    @contextlib.contextmanager
+    def stream(chosen):
+        log.append(f"on {chosen.name}")
+        yield
+        log.append("back")
+
+    current, graph = Stream("main"), Stream("graph")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(session, "_graph_stream", lambda device: graph)
+    monkeypatch.setattr(session, "_side_streams", lambda device: (Stream("a"), Stream("b")))
+    calls = [lambda n=n: log.append(n) or n for n in range(3)]
+    assert session.beside(calls, torch.device("cpu")) == session.beside(calls, torch.device("cuda", 0)) == [0, 1, 2]
+    assert log == [0, 1, 2, 0, 1, 2]
+    log.clear()
+    current = graph
+    assert session.beside(calls, torch.device("cuda", 0)) == [0, 1, 2]
+    assert log == [
+        "a behind graph", "on a", 1, "back", "b behind graph", "on b", 2, "back", 0, "graph behind a", "graph behind b"
+    ]  # fmt: skip
+    log.clear()
+    assert session.beside(calls[:2], torch.device("cuda", 0)) == [0, 1]
+    assert log == ["a behind graph", "on a", 1, "back", 0, "graph behind a"]
+
+
 def test_conditional_nodes_are_tried(graphs):
     """torch may have the call and the driver not; and a node that runs whatever its condition is no use."""
     cpu = torch.device("cpu")
