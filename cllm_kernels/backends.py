@@ -15,9 +15,10 @@ import torch  # before cllm_kernels._C, so that both use the OpenMP runtime that
 from .ops.state_fields import FIELDS
 
 NAMES = ("cpp", "cuda", "triton", "torch")
-# On a CUDA device "auto" is the first of these that can run the call, where nothing was measured.
+# On a CUDA device "auto" is the first of these that can run the call, but for block_attention.
 GPU_ORDER = ("cuda", "triton", "torch")
-# Which of the first two was measured to be faster in block_attention, by the GPU's name and `attention_cell`. Written by
+# Which of the first two was measured to be faster in block_attention, by the GPU's name and `attention_cell`; Triton where
+# nothing was measured, since it was faster at every size on the one GPU so far, an H100. Written by
 # benchmarks/attention_table.py; CLLM_ATTENTION_TABLE names another file, or none where it is empty.
 ATTENTION_TABLE = Path(__file__).with_name("attention_table.json")
 
@@ -161,7 +162,7 @@ def attention_table(device: torch.device) -> dict[str, str]:
 
 def _auto_on_gpu(device: torch.device, refusal: str | None, kernels: tuple[str, ...], cell: str | None) -> str:
     order = GPU_ORDER
-    if cell is not None and attention_table(device).get(cell) == "triton":
+    if cell is not None and attention_table(device).get(cell, "triton") == "triton":
         order = ("triton", *(name for name in order if name != "triton"))
     for name in order:
         if name == "triton" and name in kernels and not interpreted() and _triton_reason() is None:
@@ -187,7 +188,7 @@ def resolve(
     GPU_ORDER that is there: "cuda" where it is built, the driver and the device can run it, and nothing speaks against
     this call, which `refusal` says. On the CPU it is "cpp" where it is there, else "torch".
     kernels: the backends that the op has beside "torch".
-    cell: entry of the table of measurements that the call falls into; where Triton was faster, it comes first.
+    cell: entry of the table of measurements that the call falls into; Triton comes first but where CUDA was as fast.
 
     Raises ValueError on an unknown name and on "cuda" with a refusal, and RuntimeError on a backend that cannot run,
     with the reason.

@@ -126,12 +126,12 @@ def test_sizes_fall_into_cells():
     assert cell(64, 17, 513) == "D=64 rows=32 S=2048" and cell(64, 64, 2**20).endswith("S=2097152")
 
 
-def test_auto_takes_triton_where_it_was_faster(monkeypatch, table):
+def test_auto_takes_cuda_where_it_was_as_fast(monkeypatch, table):
     FakeCuda(monkeypatch)
     slow, fast = backends.attention_cell(128, 64, 1040), backends.attention_cell(128, 64, 9000)
     table(f'{{"NVIDIA X": {{"{slow}": "triton", "{fast}": "cuda"}}, "NVIDIA Y": {{"{fast}": "triton"}}}}')
-    assert backends.resolve("auto", CUDA, cell=slow) == "triton"
-    assert backends.resolve("auto", CUDA, cell=fast) == backends.resolve("auto", CUDA, cell="unknown") == "cuda"
+    assert backends.resolve("auto", CUDA, cell=slow) == backends.resolve("auto", CUDA, cell="unknown") == "triton"
+    assert backends.resolve("auto", CUDA, cell=fast) == "cuda"
     assert backends.resolve("auto", CUDA) == backends.resolve("cuda", CUDA, cell=slow) == "cuda"
     monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
     assert backends.resolve("auto", CUDA, cell=slow) == "cuda"
@@ -146,14 +146,15 @@ def test_a_table_that_is_none(content, monkeypatch, table):
         backends.resolve("auto", CUDA, cell="any")
     assert backends.resolve("auto", CUDA) == "cuda"  # ops that have no table
     monkeypatch.setenv("CLLM_ATTENTION_TABLE", "")
-    assert backends.resolve("auto", CUDA, cell="any") == "cuda"
+    assert backends.resolve("auto", CUDA, cell="any") == "triton"
 
 
 def test_the_table_of_the_package(monkeypatch):
     monkeypatch.delenv("CLLM_ATTENTION_TABLE", raising=False)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    backends.attention_table.cache_clear()
-    assert backends.ATTENTION_TABLE.exists() and backends.attention_table(CUDA) == {}
+    for gpu, known in (("NVIDIA X", False), ("NVIDIA H100 80GB HBM3", True)):
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, gpu=gpu: gpu)
+        backends.attention_table.cache_clear()
+        assert bool(backends.attention_table(CUDA)) is known
     backends.attention_table.cache_clear()
 
 
