@@ -272,8 +272,8 @@ def our_way(name: str, session: Session, width: int, backend: str, setup) -> Way
 
 
 def measure(
-    shape: str, dtype: torch.dtype, device: torch.device, batch: int, widths, lengths, repeats: int, compiled: bool,
-    eager_widths, compiled_widths, fusions: bool, done
+    shape: str, dtype: torch.dtype, device: torch.device, batch: int, widths, long_widths, lengths, repeats: int,
+    compiled: bool, eager_widths, compiled_widths, fusions: bool, done
 ):  # fmt: skip
     """Measures one shape; `done` gets the rows of a cache length when they are there."""
     model = random_model(shape, dtype, device)
@@ -303,7 +303,8 @@ def measure(
                 call = torch.compile(model.forward, mode="reduce-overhead" if on_gpu else "default", dynamic=False)
                 ways["hf_compiled", 1] = Way(hf_step(static, call, batch, length, device))
             shared = None
-            for width in sorted(widths, reverse=True):  # the widest has room for all
+            here = long_widths if long_widths and length != lengths[0] else widths
+            for width in sorted(here, reverse=True):  # the widest has room for all
                 if not on_gpu or width in eager_widths:
                     session = our_session(model, model, shared, batch, length, width, room, device)
                     shared = shared or session.cache
@@ -323,7 +324,7 @@ def measure(
                 name = "ours_compiled_graph"
                 ways[name, width] = our_way(name, session, width, backend, ours_enabled)
             times = {name: [] for name in ways}
-            warm = 3 if compiled or on_gpu else 1  # the first ones compile
+            warm = 3 if compiled or compiled_widths else 1  # the first ones compile
             for turn in range(warm + repeats):
                 for name, way in ways.items():
                     with way.setup():
@@ -373,6 +374,7 @@ def main(
     shape: Annotated[list[str], typer.Option(help=", ".join(SHAPES))] = (),
     batch: Annotated[list[int], typer.Option(min=1, help="Rows, each with a window.")] = (1,),
     width: Annotated[list[int], typer.Option(min=1)] = (1, 2, 4, 8, 16, 32, 64, 128),
+    long_width: Annotated[list[int], typer.Option(min=1, help="Of all lengths but the first; as --width if none.")] = (),
     length: Annotated[list[int], typer.Option(min=1)] = (128, 1024),
     dtype: str = "float32",
     device: str = "cpu",
@@ -405,7 +407,7 @@ def main(
 
     for name, rows_of_batch in itertools.product(shape, batch):
         measure(
-            name, getattr(torch, dtype), torch.device(device), rows_of_batch, width, length, repeats, compiled,
+            name, getattr(torch, dtype), torch.device(device), rows_of_batch, width, long_width, length, repeats, compiled,
             eager_width, compiled_width, fusions, done,
         )  # fmt: skip
     table = Table(title=f"ms a step, {dtype}, {rows[0]['device']}, {rows[0]['threads']} threads, medians of {repeats}")

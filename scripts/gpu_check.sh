@@ -20,7 +20,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-benchmarks/results}
-declare -A LIMIT=([build]=45 [wheel]=20 [test]=110 [sanitize]=40 [steps]=110 [decode]=50 [kernels]=80 [compiled]=110 [report]=5)
+declare -A LIMIT=([build]=40 [wheel]=15 [test]=110 [sanitize]=40 [steps]=120 [decode]=80 [kernels]=80 [compiled]=85 [report]=5)
 ORDER=(build test steps decode kernels compiled wheel)
 export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
@@ -59,7 +59,7 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       local shape
       for shape in llama-2-7b qwen2.5-7b llama-3-8b; do
         steps_of $shape --no-compiled --width 1 --width 8 --width 16 --width 32 --width 64 \
-          --eager-width 16 --length 1024 --length 8192 --length 32768 --json "$PARTS/steps_$shape.json" || bad=1
+          --long-width 1 --long-width 16 --eager-width 16 --length 1024 --length 8192 --length 32768 --json "$PARTS/steps_$shape.json" || bad=1
       done
       return $bad ;;
     decode)
