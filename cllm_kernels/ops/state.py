@@ -162,7 +162,9 @@ class JacobiState(_Fields):
         if rows and not (0 <= int(limits.min()) and largest <= capacity):
             raise ValueError(f"limits is {limits.tolist()}; each must be in [0, {capacity}], the output's capacity")
 
-        state = cls.allocate(rows, block_size, capacity, width, eos.size(0), device)
+        # On the CPU first: on a GPU, the first drafts alone would take hundreds of launches.
+        state = cls.allocate(rows, block_size, capacity, width, eos.size(0), "cpu")
+        prompt = prompt.cpu()
         state.window[:, 0] = prompt[:, -1]
         state.lengths.fill_(width - 1)
         state.limits.copy_(limits)
@@ -173,7 +175,7 @@ class JacobiState(_Fields):
         state.eos.copy_(eos)
         state.status[0] = int((limits > 0).sum())
         state.refill_all_(refill)
-        return state
+        return state if device.type == "cpu" else cls(*(tensor.to(device) for tensor in state.tensors()))
 
     @property
     def rows(self) -> int:

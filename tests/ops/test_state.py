@@ -44,6 +44,7 @@ def test_create():
     assert state.context_start.tolist() == [2, 0, 0]
     assert [name for name, *_ in FIELDS if getattr(state, name).dtype not in (torch.int32, torch.int64)] == []
     assert "rows=3, width=4, capacity=9" in repr(state)
+    assert JacobiState.create(prompt, limits=3, device="meta").device.type == "meta"
 
 
 def test_first_drafts_follow_the_rule():
