@@ -15,7 +15,7 @@ from .branches import Branches
 from .config import JacobiConfig
 from .drafts import LoneToken, LookupDrafts
 from .processing import Processing, Stopping
-from .session import Session, check_status, converge, run_chunks, runs_on_device
+from .session import Session, check_status, converge, run_chunks, runs_on_device, single_steps, waits_for_host
 from .statistics import JacobiStatistics, RowStatistics
 
 _STOP_REASONS = {1: "eos", 2: "length", 3: "criterion"}
@@ -58,7 +58,7 @@ def decode(
     The first forward holds the prompt and the first window together, so that even the prefill commits more
     than one token where the drafts are right. On the CPU, the host reads two integers per iteration: how many
     rows still run, and how many have NaN logits. On CUDA devices it reads them later, see :func:`run_chunks`, unless
-    an option needs the host in every iteration.
+    an option needs the host in every iteration; then an iteration is a graph, where its shape stays.
 
     Args:
         session: with a state for this prompt, drafts drawn and no token committed.
@@ -115,6 +115,9 @@ def decode(
                 _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns()), state, before, commit)
         else:
             commit()
+        return committed()
+
+    def committed() -> int:
         running, broken = state.status.tolist()
         check_status(broken)
         if on_commit is not None:
@@ -139,14 +142,16 @@ def decode(
 
     forwards = 1
     steps = {(source, n): 1}
-    if running and session.capturable and runs_on_device(state.device, config, processing) and not looks:
+    graphs = session.capturable and runs_on_device(state.device, config, processing) and not looks
+    if running and graphs and not waits_for_host(config):
         ran = run_chunks(session, config, processing, backend, stream if on_commit is not None else None)
         forwards, steps[source, n] = forwards + ran, steps[source, n] + ran
         running = int(state.status[0])
         if on_commit is not None:
             stream(int(state.produced[0]), state.output[0])
-    # Finished rows leave the batch where nobody outside knows rows by their number.
-    shrinks = session.cache is not None and processing.vectorised and not looks
+    single = single_steps(session, config, processing, backend) if graphs and waits_for_host(config) else None
+    # Finished rows leave the batch where nobody outside knows rows by their number, and no graph has their addresses.
+    shrinks = session.cache is not None and processing.vectorised and not looks and single is None
     while running:
         if shrinks and running < state.rows:
             state = windows.drop_finished()
@@ -163,6 +168,9 @@ def decode(
         several = lookup.candidates(state, candidates) if candidates > 1 else None
         if several is not None:
             running = advance(*branches.choose_(several, state))
+        elif single is not None:
+            single()
+            running = committed()
         else:
             logits = forward(state.window, session.window_positions(n), n)
             running = advance(logits, processing(logits, state))

@@ -107,12 +107,13 @@ def may_capture(device: torch.device, config: JacobiConfig) -> bool:
 
 
 def runs_on_device(device: torch.device, config: JacobiConfig, processing: Processing) -> bool:
-    """Whether iterations can be captured: a fixed width, drafts made by ``converge_``, processors of scores alone."""
-    return (
-        may_capture(device, config)
-        and not (config.adapts or config.record_trajectory or config.looks_up)
-        and processing.on_device
-    )
+    """Whether iterations can be captured: one window of a fixed width, processors of scores alone."""
+    return may_capture(device, config) and not config.adapts and config.candidates == 1 and processing.on_device
+
+
+def waits_for_host(config: JacobiConfig) -> bool:
+    """Whether the host has something to do between two iterations."""
+    return config.record_trajectory or config.looks_up
 
 
 def capture(step: Callable[[], None], count: int, running: torch.Tensor) -> Callable[[], None]:
@@ -277,6 +278,39 @@ def make_step(session: Session, config: JacobiConfig, processing: Processing, ba
     return step
 
 
+def _try_capture(session: Session, step: Callable[[], None], count: int) -> None:
+    """Captures so many steps for the session, or warns where the forward cannot be captured."""
+    try:
+        session.replay, session.chunk = capture(step, count, session.state.status[0]), count
+    except RuntimeError as error:
+        session.capturable = False
+        warnings.warn(
+            f"the model's forward cannot be captured as a CUDA graph, so each iteration is launched by itself: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def single_steps(
+    session: Session, config: JacobiConfig, processing: Processing, backend: str
+) -> Callable[[], None]:
+    """An iteration between which the host does what it has to, a graph from the third one on."""
+    step = make_step(session, config, processing, backend)
+    alone = 0
+
+    def run() -> None:
+        nonlocal alone
+        if session.replay is None and session.capturable and alone == 2:
+            _try_capture(session, step, 1)
+        if session.replay is not None:
+            return session.replay()
+        with on_graph_stream(session.state.device) if session.capturable else contextlib.nullcontext():
+            step()
+        alone += 1
+
+    return run
+
+
 def run_chunks(
     session: Session,
     config: JacobiConfig,
@@ -309,16 +343,8 @@ def run_chunks(
         check_status(int(state.status[1]))
         rate = float(state.produced.sum() / state.iterations.sum().clamp(min=1))
         expected = float((state.limits - state.produced).max()) / max(rate, 1.0)
-        session.chunk = max(1, min(_LONGEST_CHUNK, int(expected / _CHUNKS)))
-        try:
-            session.replay = capture(step, session.chunk, state.status[0])
-        except RuntimeError as error:
-            session.capturable = False
-            warnings.warn(
-                f"the model's forward cannot be captured as a CUDA graph, so each iteration is launched by itself: {error}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        _try_capture(session, step, max(1, min(_LONGEST_CHUNK, int(expected / _CHUNKS))))
+        if session.replay is None:
             return done
 
     polls = [Poll(state, on_tokens is not None) for _ in range(2)]

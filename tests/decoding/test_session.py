@@ -166,9 +166,11 @@ def test_sampling_and_pointwise_processors_stay_on_the_device(launches):
     ("config", "options"),
     [
         (dict(cuda_graph=False), {}),
-        (dict(draft="lookup"), {}),
+        (dict(cuda_graph=False, draft="lookup"), {}),
         (dict(draft="auto"), {}),
-        (dict(record_trajectory=True), {}),
+        (dict(adaptive=True, draft="lookup"), {}),
+        (dict(candidates=2), {}),
+        (dict(draft="lookup"), dict(max_time=60.0)),
         ({}, dict(repetition_penalty=1.2)),
         ({}, dict(min_new_tokens=3)),
         ({}, dict(max_time=60.0)),
@@ -180,6 +182,28 @@ def test_what_needs_the_host_is_not_captured(config, options, launches):
         **make_prompts(1), do_sample=False, max_new_tokens=20, **options
     )
     assert not launches
+
+
+@pytest.mark.parametrize("config", [dict(draft="lookup"), dict(record_trajectory=True)], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_where_the_host_comes_between_an_iteration_is_a_graph(rows, config, launches):
+    """Whose iterations are the same as without it; kept for the next prompt."""
+    options = dict(do_sample=False, max_new_tokens=40, eos_token_id=[EOS, *range(3, 6)], return_dict_in_generate=True)
+    graphs, alone = (JacobiGenerator(MODEL, JacobiConfig(6, cuda_graph=graph, **config)) for graph in (None, False))
+    for seed in range(2):
+        inputs = make_prompts(rows, seed=seed)
+        commits = ([], []) if rows == 1 else (None, None)
+        got, want = (
+            generator.generate(**inputs, **options, **({} if kept is None else {"on_commit": kept.append}))
+            for generator, kept in zip((graphs, alone), commits, strict=True)
+        )
+        assert torch.equal(got.sequences, want.sequences) and got.trajectory == want.trajectory
+        assert commits[0] == commits[1]
+        assert [row.iterations for row in got.statistics.rows] == [row.iterations for row in want.statistics.rows]
+        # the prompt's forward and, the first time, the two that run before the capture
+        assert len(launches) == got.statistics.forwards - (3 if seed == 0 else 1)
+        assert set(launches) == {1} and launches.captures == 1
+        launches.clear()
 
 
 def test_streaming_gets_every_token_once(launches):
