@@ -45,7 +45,7 @@ def steps(rows):
          show(row["over_ours_1"], ".2f"), f"{row['over_hf_eager']:.2f}x", show(row["host_gap"], ".0%"))
         for row in rows
     ]  # fmt: skip
-    note = ("Random weights. Floor: weights and cache read once at the bandwidth of a copy, or the arithmetic at the rate of a "
+    note = ("Random weights. Floor: weights and cache read once at the bandwidth of a copy or a sum, or the arithmetic at the rate of a "
             "matrix product. Host gap: share of the step in which the device idles.")  # fmt: skip
     return ["## A step", "", note, "", *table(head, cells)]
 

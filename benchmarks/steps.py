@@ -11,8 +11,8 @@ steps whose status is read a graph late (ours_graph; with the compiled forward, 
 step in which the device idles: kernels' times are those of torch's profiler, the step's time was taken without it.
 On the CPU, --fusions adds what each of our kernels gives: ours with torch's linear layers, with window_linear alone (the
 decoder layers not fused), and with lm_head_argmax in place of logits (without converge_, which takes these).
-The floor is the time in which the weights and the cache are read once at the bandwidth that a copy (on the CPU, or a
-sum) reaches, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
+The floor is the time in which the weights and the cache are read once at the bandwidth that a copy or a
+sum reaches, or the arithmetic at the rate of a large matrix product, whichever is longer, both measured here.
 
     python benchmarks/steps.py --plot benchmarks/results/steps_cpu_fp32.json
 
@@ -279,6 +279,7 @@ def measure(
     model = random_model(shape, dtype, device)
     on_gpu = has_graphs(device)
     backend = backends.resolve("auto", device, cuda_refusal(dtype))
+    own = "auto" if on_gpu else backend  # block_attention knows what was measured for its sizes
     room = max(16 * (repeats + 32), 2 * CHUNK * CHUNKS * max(widths))
 
     def sync():
@@ -290,7 +291,7 @@ def measure(
 
         @contextlib.contextmanager
         def ours_enabled(kernels=optimize):
-            with block_attention_enabled(model, "auto" if on_gpu else backend), kernels(model, backend):
+            with block_attention_enabled(model, own), kernels(model, own):
                 yield
 
         with torch.inference_mode():

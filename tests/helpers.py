@@ -73,6 +73,20 @@ def make_prompts(rows: int, width: int = 12, seed: int = 0) -> dict[str, torch.T
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def count_calls(monkeypatch, module, names) -> dict[str, int]:
+    """Counts the calls that a module makes of functions in it, by name."""
+    counts = {}
+    for name in names:
+        function = getattr(module, name)
+
+        def count(*arguments, name=name, function=function):
+            counts[name] = counts.get(name, 0) + 1
+            return function(*arguments)
+
+        monkeypatch.setattr(module, name, count)
+    return counts
+
+
 class Frames:
     """A backend of torch.compile that counts the graphs it gets and runs them as they are."""
 

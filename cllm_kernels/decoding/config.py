@@ -40,8 +40,9 @@ class JacobiConfig:
         seed: of sampled tokens and of random drafts, in [0, 2**32), or one for each row. With a single number, rows
             get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
             tokens are sampled a draw from torch's global generator.
-        cuda_graph: whether iterations on a CUDA device are captured as graphs. None: where nothing needs the host in
-            every iteration (lookup, candidates, adaptive widths, stopping criteria, scores, processors of prefixes do).
+        cuda_graph: whether iterations on a CUDA device are captured as graphs. None: several as one, and each by itself
+            where the host works between them (lookup, trajectories); not with candidates, adaptive widths, stopping
+            criteria, scores or processors of prefixes.
             The graph and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import FAMILIES, VOCABULARY, make_model, make_prompts
+from helpers import FAMILIES, VOCABULARY, count_calls, make_model, make_prompts
 from torch import nn
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, optimize
@@ -43,16 +43,7 @@ def tokens_of(*shape):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the calls of each op between the linear layers."""
-    counts = {}
-    for name in ("rms_norm", "add_rms_norm", "silu_mul", "block_attention"):
-        op = getattr(gpu_layers, name)
-
-        def count(*arguments, name=name, op=op):
-            counts[name] = counts.get(name, 0) + 1
-            return op(*arguments)
-
-        monkeypatch.setattr(gpu_layers, name, count)
-    return counts
+    return count_calls(monkeypatch, gpu_layers, ("rms_norm", "add_rms_norm", "silu_mul", "block_attention"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import FAMILIES, VOCABULARY, make_model, make_prompts
+from helpers import FAMILIES, VOCABULARY, count_calls, make_model, make_prompts
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -45,16 +45,7 @@ def window_forward(model, tokens, length=0, cache=None):
 @pytest.fixture
 def calls(monkeypatch):
     """Counts the calls of each op that swapped modules make."""
-    counts = {}
-    for name in ("window_linear", "window_qkv", "window_mlp"):
-        op = getattr(module_under_test, name)
-
-        def count(*arguments, name=name, op=op):
-            counts[name] = counts.get(name, 0) + 1
-            return op(*arguments)
-
-        monkeypatch.setattr(module_under_test, name, count)
-    return counts
+    return count_calls(monkeypatch, module_under_test, ("window_linear", "window_qkv", "window_mlp"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
