@@ -10,8 +10,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 # Bytes of shared memory of a multiprocessor and of one block (CUDA C++ Programming Guide, table of compute
-# capabilities), and how many warps of attention should run on a multiprocessor at least.
-SHARED = {80: (164, 163, 4), 90: (228, 227, 8), 100: (228, 227, 8), 120: (100, 99, 4)}
+# capabilities), and how many blocks of attention should run on a multiprocessor at least; one of eight
+# warps is enough.
+SHARED = {80: (164, 163, 1), 90: (228, 227, 2), 100: (228, 227, 2), 120: (100, 99, 1)}
 REGISTERS = 65536
 RESERVED = 1024  # bytes of shared memory that CUDA takes for each block
 
@@ -32,10 +33,11 @@ def test_kernels_fit(compiled, arch):
     assert {kernel: sum(name.startswith(kernel) for name in names) for kernel in ("at", "me", "co", "ap")} == {
         "at": 24, "me": 2, "co": 6, "ap": 18,
     }  # fmt: skip
-    total, most, warps = SHARED[arch]
+    total, most, blocks = SHARED[arch]
     for row in rows:
         assert row["spilled"] == 0 and row["stack"] == 0, row
         assert row["shared"] <= most * 1024, row
         by_registers = REGISTERS // (-(-row["registers"] // 8) * 8 * row["threads"])
         by_shared = total * 1024 // (row["shared"] + RESERVED)
-        assert min(by_registers, by_shared) * row["threads"] // 32 >= warps, row
+        fitting = min(by_registers, by_shared)
+        assert fitting >= blocks or (fitting == 1 and row["threads"] >= 256), row
