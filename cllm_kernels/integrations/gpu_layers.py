@@ -21,27 +21,23 @@ class GpuLayer:
     Weights are read anew in each call, lest one that was replaced stay in use.
     """
 
-    def __init__(self, layer: nn.Module, sliding_window: int | None, backend: str):
+    def __init__(self, layer: nn.Module, sliding_window: Callable[[nn.Module], int | None], backend: str):
         attention, mlp = layer.self_attn, layer.mlp
-        self.index, self.scaling, self.sliding_window = attention.layer_idx, attention.scaling, sliding_window or 0
+        self.attention, self.sliding_window = attention, sliding_window
         self.first, self.second = layer.input_layernorm, layer.post_attention_layernorm
         self.head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.qkv = [attention.q_proj, attention.k_proj, attention.v_proj]
         self.output, self.gate, self.up, self.down = attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj
-        self.dim = attention.head_dim
         self.backend = backend
         # the norms and the activation have no CUDA C++
         self.between = "auto" if backend == "cuda" else backend
 
-    def takes(self, hidden: torch.Tensor, cache: object) -> bool:
-        return (
-            type(cache) is JacobiCache
-            and hidden.dtype == self.output._parameters["weight"].dtype
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled(hidden.device.type)
-        )
+    def __call__(self, hidden: torch.Tensor, mask, angles, cache, keep: None, packing: None) -> torch.Tensor:
+        """The layer's output ``[B, n, H]``; what may be left out on the CPU is not on a GPU."""
+        hidden, delta = self.summands(hidden, None, mask, angles, cache)
+        return hidden + delta
 
-    def __call__(
+    def summands(
         self,
         hidden: torch.Tensor,
         delta: torch.Tensor | None,
@@ -51,15 +47,17 @@ class GpuLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output as two summands ``[B, n, H]``, from its input as two; delta None stands for zeros."""
         hidden, normed = add_norm(hidden, delta, self.first, self.between)
-        q, k, v = (x.unflatten(2, (-1, self.dim)) for x in _linears(self.qkv, normed))
+        attention = self.attention
+        q, k, v = (x.unflatten(2, (-1, attention.head_dim)) for x in _linears(self.qkv, normed))
         if self.head_norms[0] is not None:
             q, k = (_norm(x, norm, self.between) for x, norm in zip((q, k), self.head_norms, strict=True))
         angles = [x.expand(hidden.shape[0], -1, -1) for x in angles]
-        keys, values = cache.append(k.transpose(1, 2), v.transpose(1, 2), self.index, *angles, q)
+        keys, values = cache.append(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx, *angles, q)
         lengths, starts, branch = from_mask(mask)
         attended, _ = block_attention(
-            q, keys, values, lengths, starts, self.scaling, self.sliding_window, 0.0, None, branch, self.backend
-        )
+            q, keys, values, lengths, starts, attention.scaling, self.sliding_window(attention) or 0, 0.0, None, branch,
+            self.backend,
+        )  # fmt: skip
         hidden, normed = add_norm(hidden, _linear(self.output, attended.flatten(2)), self.second, self.between)
         inner = silu_mul(*_linears((self.gate, self.up), normed), self.between)
         return hidden, _linear(self.down, inner)
@@ -87,27 +85,6 @@ def add_norm(
     return add_rms_norm(hidden, delta, norm._parameters["weight"], norm.variance_epsilon, backend)
 
 
-def layer_forward(layer: nn.Module, sliding_window: int | None, backend: str) -> Callable:
-    """What a layer's forward is swapped for."""
-    before, run = type(layer).forward.__get__(layer), GpuLayer(layer, sliding_window, backend)
-
-    def forward(
-        hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        position_embeddings=None, cache=None, **kwargs,
-    ):  # fmt: skip
-        cache = past_key_values if cache is None else cache
-        if not run.takes(hidden_states, cache):
-            return before(
-                hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
-                position_embeddings=position_embeddings, **{CACHE_NAME: cache}, **kwargs,
-            )  # fmt: skip
-        hidden, delta = run(hidden_states, None, attention_mask, position_embeddings, cache)
-        return hidden + delta
-
-    forward.run = run
-    return forward
-
-
 def run_layers(
     model: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: JacobiCache, **options
 ) -> torch.Tensor:
@@ -116,13 +93,13 @@ def run_layers(
     options: keyword arguments of every layer, for the case that one has hooks.
     """
     layers = list(model.layers)[: model.config.num_hidden_layers]
-    if any(has_hooks(layer) or not layer.forward.run.takes(hidden, cache) for layer in layers):
+    if any(has_hooks(layer) or not layer.forward.takes(hidden, cache) for layer in layers):
         for layer in layers:
             hidden = layer(hidden, position_embeddings=angles, **{CACHE_NAME: cache}, **options)
         return model.norm(hidden)
     delta = None
     for layer in layers:
-        hidden, delta = layer.forward.run(hidden, delta, options["attention_mask"], angles, cache)
+        hidden, delta = layer.forward.run.summands(hidden, delta, options["attention_mask"], angles, cache)
     norm, known = model.norm, layers[0].input_layernorm
     if type(norm) is not type(known) or "forward" in norm.__dict__ or has_hooks(norm) or norm.weight.dtype != hidden.dtype:
         return norm(hidden + delta)

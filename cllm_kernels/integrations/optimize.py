@@ -23,7 +23,7 @@ from ..ops import block_attention, window_linear, window_mlp, window_qkv
 from ..ops._library import FLOAT_DTYPES
 from ..ops.window_linear import DTYPES, LAYER_ROWS, fast_rows
 from .attention import from_mask, has_hooks, submodules
-from .gpu_layers import layer_forward, run_layers
+from .gpu_layers import GpuLayer, run_layers
 
 # Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
 # each keeps its sliding window.
@@ -174,24 +174,21 @@ def _swapped_linear(module: nn.Linear) -> Callable:
 
 
 def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
-    if _kernels(_device(layer), backend) == "gpu":
-        return layer_forward(layer, _FAMILIES[_family(layer)](layer.self_attn), backend)
     before = type(layer).forward.__get__(layer)
-    attention, mlp = layer.self_attn, layer.mlp
-    first, second = layer.input_layernorm, layer.post_attention_layernorm
-    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    weights = layer.self_attn.q_proj._parameters
     window = _FAMILIES[_family(layer)]
-    query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
-    gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
-    rows = _most_rows(query["weight"].dtype)
+    if _kernels(_device(layer), backend) == "gpu":
+        run, rows = GpuLayer(layer, window, backend), math.inf
+    else:
+        run, rows = _cpu_layer(layer, window), _most_rows(weights["weight"].dtype)
 
     def takes(hidden_states, cache):
         return (
             type(cache) is JacobiCache
-            and hidden_states.dtype == query["weight"].dtype
+            and hidden_states.dtype == weights["weight"].dtype
             and hidden_states.shape[0] * hidden_states.shape[1] <= rows
             and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(hidden_states.device.type)
         )
 
     def forward(
@@ -204,14 +201,29 @@ def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
                 hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
                 position_embeddings=position_embeddings, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
-        cos, sin = position_embeddings
+        return run(hidden_states, attention_mask, position_embeddings, cache, keep, packing)
+
+    forward.takes, forward.run = takes, run
+    return forward
+
+
+def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> Callable:
+    """The computation of a decoder layer by the C++ kernels."""
+    attention, mlp = layer.self_attn, layer.mlp
+    first, second = layer.input_layernorm, layer.post_attention_layernorm
+    query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+    query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
+    gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
+
+    def run(hidden_states, mask, angles, cache, keep, packing):
+        cos, sin = angles
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
         q, k, v = _in_parts(into_heads, hidden_states, cos, sin)
         if packing is not None:
             q, k, v = map(packing.unpack, (q, k, v))
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
-        lengths, starts, branch = from_mask(attention_mask)
+        lengths, starts, branch = from_mask(mask)
         if keep is not None:
             lengths = lengths + (q.shape[1] - keep)
             q = q[:, -keep:]
@@ -243,8 +255,7 @@ def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
             ),
         )  # fmt: skip
 
-    forward.takes = takes
-    return forward
+    return run
 
 
 def _most_rows(dtype: torch.dtype) -> float:

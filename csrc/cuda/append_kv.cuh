@@ -78,8 +78,8 @@ __device__ void rotate_query(const AppendParams& p, int64_t batch, int64_t head,
   narrow(turned(second, first, cos[half], sin[half]), at + half);
 }
 
-// Grid: items of all tokens x heads, behind those of the cache those of the queries, x rows. `T` is the element type where keys are rotated, else void; `A` that of the
-// angles.
+// Grid: items of all tokens x heads, behind those of the cache those of the queries, x rows. `T` is the element type where
+// keys are rotated, else void; `A` that of the angles.
 template <class Vector, class T, class A>
 CLLM_KERNEL(append_threads, 4) append_kernel(AppendArguments a) {
   const AppendParams& p = a.params;

@@ -6,16 +6,19 @@
 
 namespace cllm::cuda {
 
+// Keys of a split at least.
+constexpr int split_keys = 128;
+
 struct AttentionPlan {
   int dim;        // the compiled head size
   int tile_rows;  // rows (token x head) of a block
-  int rows, tiles, splits, min_keys;
+  int rows, tiles, splits;
   bool merge_in_block;
 };
 
 struct AttentionArguments {
   AttentionParams params;
-  int rows, tiles, splits, min_keys;
+  int rows, tiles, splits;
   bool aligned, merge_in_block;
   float* partial_out;  // [B, Hkv, splits, rows, Dv]
   float* partial_lse;  // [B, Hkv, splits, rows], in base 2

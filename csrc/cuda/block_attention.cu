@@ -9,8 +9,8 @@ namespace {
 
 // Chosen by what an H100 took for 13 tiles and up to 7 sizes of a split, with 4, 8 and 32 cache heads, windows of 1 to 64
 // and caches of 1,024 to 32,768 rows: one batch row wants few blocks, and few splits to be merged.
-// Splits of one row's keys at most, and keys of a split at least.
-constexpr int64_t most_splits = 32, split_keys = 128;
+// Splits of one row's keys at most.
+constexpr int64_t most_splits = 32;
 // Blocks that one batch row should be cut into: two for each multiprocessor where they are small, else one. GPUs that are
 // as large differ little in their number (A100 108, H100 and H200 132, B200 148).
 constexpr int64_t wanted_blocks(int tile_rows) { return tile_rows <= 16 ? 264 : 132; }
@@ -37,7 +37,6 @@ AttentionPlan attention_plan(const AttentionParams& p) {
   plan.rows = static_cast<int>(p.width * p.group());
   plan.tile_rows = plan.rows <= 16 ? 16 : plan.rows <= 32 ? 32 : 64;
   plan.tiles = (plan.rows + plan.tile_rows - 1) / plan.tile_rows;
-  plan.min_keys = static_cast<int>(split_keys);
   const int64_t filled = (p.capacity + split_keys - 1) / split_keys;
   const int64_t wanted = wanted_blocks(plan.tile_rows) / (p.kv_heads * plan.tiles);
   const int64_t splits = std::min({filled, most_splits, std::max<int64_t>(1, wanted)});
@@ -56,8 +55,8 @@ void block_attention(const AttentionParams& p, float* partial, uint32_t* tickets
   if (p.batch == 0) return;
   const AttentionPlan plan = attention_plan(p);
   const int64_t slots = p.batch * p.kv_heads * plan.splits * plan.rows;
-  const AttentionArguments arguments{p,          plan.rows,       plan.tiles,          plan.splits,
-                                     plan.min_keys, is_aligned(p), plan.merge_in_block, partial,
+  const AttentionArguments arguments{p, plan.rows, plan.tiles, plan.splits,
+                                     is_aligned(p), plan.merge_in_block, partial,
                                      partial + slots * p.value_dim, tickets};
   switch (plan.dim) {
     case 64: launch_attention<64>(plan, arguments, stream); break;

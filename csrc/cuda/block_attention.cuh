@@ -59,7 +59,7 @@ __device__ KeyRange key_range(const AttentionArguments& a, int length, int start
   range.end = smaller(range.end, static_cast<int>(a.params.capacity));
   range.begin = smaller(larger(range.begin, 0), range.end);
   if (a.splits > 1) {
-    int size = larger(a.min_keys, (range.end - range.begin + a.splits - 1) / a.splits);
+    int size = larger(split_keys, (range.end - range.begin + a.splits - 1) / a.splits);
     size = (size + Tile::keys - 1) / Tile::keys * Tile::keys;
     // A split may begin far behind the last key.
     const int64_t begin = range.begin + static_cast<int64_t>(split) * size;

@@ -137,9 +137,9 @@ def test_calls_with_gradients_or_under_autocast_go_to_the_model(calls):
         layer(hidden, **options)
         assert not calls
         with torch.no_grad():
-            assert layer.forward.run.takes(hidden, cache) and not layer.forward.run.takes(hidden.half(), cache)
+            assert layer.forward.takes(hidden, cache) and not layer.forward.takes(hidden.half(), cache)
             with torch.autocast("cpu", torch.bfloat16):
-                assert not layer.forward.run.takes(hidden, cache)
+                assert not layer.forward.takes(hidden, cache)
 
 
 def test_without_triton_layers_are_left_alone(monkeypatch):
