@@ -32,8 +32,8 @@ void rotate_rows(const AppendParams& p, const Kernels& run, int64_t row, int64_t
   for (int64_t i = 0; i < p.width; ++i) {
     const char* from = at(p.key, row, head, i, bytes);
     char* to = at(p.key_cache, row, head, p.lengths[row] + i, bytes);
-    run.rotate(from, at(p.cos, row, i, 0, angle_bytes), at(p.sin, row, i, 0, angle_bytes), to, p.rotary_dim, p.dtype,
-               p.angle_dtype);
+    run.rotate(from, at(p.cos, row, i, 0, angle_bytes), at(p.sin, row, i, 0, angle_bytes), to, p.rotary_dim, 1, 0,
+               p.dtype, p.angle_dtype);
     std::memcpy(to + rotated, from + rotated, p.dim * bytes - rotated);
   }
 }

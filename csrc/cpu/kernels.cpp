@@ -74,10 +74,11 @@ void rms_norm_any(const void* x, const void* weight, float eps, int64_t count, v
   });
 }
 
-void silu_multiply_any(void* gate, const void* up, int64_t count, DType dtype) {
+void silu_multiply_any(void* gate, const void* up, int64_t rows, int64_t count, int64_t stride, DType dtype) {
   with_type(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    silu_multiply(static_cast<T*>(gate), static_cast<const T*>(up), count);
+    for (int64_t i = 0; i < rows; ++i)
+      silu_multiply(static_cast<T*>(gate) + i * stride, static_cast<const T*>(up) + i * stride, count);
   });
 }
 
@@ -110,17 +111,22 @@ Best sample_any(const void* values, int64_t first, int64_t count, DType dtype, c
   }
 }
 
-void rotate_any(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, DType dtype,
-                DType angle_dtype) {
+template <class T, class Angle>
+void rotate_all(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, int64_t count,
+                int64_t stride) {
+  for (int64_t i = 0; i < count; ++i)
+    rotate(static_cast<const T*>(key) + i * stride, static_cast<const Angle*>(cos), static_cast<const Angle*>(sin),
+           static_cast<T*>(to) + i * stride, rotary);
+}
+
+void rotate_any(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, int64_t count,
+                int64_t stride, DType dtype, DType angle_dtype) {
+  const auto run = [&](auto rotate) { rotate(key, cos, sin, to, rotary, count, stride); };
   const bool wide = angle_dtype == DType::f32;
   switch (dtype) {
-    case DType::f32: return rotate<float, float>(key, cos, sin, to, rotary);
-    case DType::bf16:
-      return wide ? rotate<bf16_t, float>(key, cos, sin, to, rotary)
-                  : rotate<bf16_t, bf16_t>(key, cos, sin, to, rotary);
-    case DType::f16:
-      return wide ? rotate<f16_t, float>(key, cos, sin, to, rotary)
-                  : rotate<f16_t, f16_t>(key, cos, sin, to, rotary);
+    case DType::f32: return run(rotate_all<float, float>);
+    case DType::bf16: return wide ? run(rotate_all<bf16_t, float>) : run(rotate_all<bf16_t, bf16_t>);
+    case DType::f16: return wide ? run(rotate_all<f16_t, float>) : run(rotate_all<f16_t, f16_t>);
   }
 }
 

@@ -54,7 +54,8 @@ struct Kernels {
   void (*linear)(const LinearParams&, int64_t begin, int64_t end, const void* next);
   // Of one row of fp32 or bf16; see row_ops.h.
   void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);
-  void (*silu_multiply)(void* gate, const void* up, int64_t count, DType dtype);
+  // gate = silu(gate) * up: `count` values of each of `rows` rows, which stand `stride` values apart.
+  void (*silu_multiply)(void* gate, const void* up, int64_t rows, int64_t count, int64_t stride, DType dtype);
   void (*add)(const void* a, const void* b, int64_t count, void* out, DType dtype);
   // Logits after the head's linear layer: times `scale` unless that is 1, and softcap * tanh(x / softcap) unless it is 0,
   // each operation rounded to `dtype`, float32 or bfloat16.
@@ -65,9 +66,9 @@ struct Kernels {
   // a multiple of 64.
   Best (*sample)(const void* values, int64_t first, int64_t count, DType dtype, const Noise& noise);
   // Rotates the first `rotary` values of a key, which have type `dtype`, by angles of type `dtype` or float; `to` may be
-  // `key`.
-  void (*rotate)(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, DType dtype,
-                 DType angle_dtype);
+  // `key`. So it does with each of `count` keys, `stride` values apart in both.
+  void (*rotate)(const void* key, const void* cos, const void* sin, void* to, int64_t rotary, int64_t count,
+                 int64_t stride, DType dtype, DType angle_dtype);
 };
 
 extern const Kernels kernels_baseline;

@@ -66,8 +66,7 @@ void amx_results(const LinearParams& p, const float* sums, int64_t row, int64_t 
   }
   const auto write = [&](vfloat sum, bf16_t* to) {
     if (p.bias) sum += bias;
-    const __m256bh rounded = _mm512_cvtneps_pbh(sum);
-    memcpy(to, &rounded, count * sizeof(bf16_t));
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh(sum));
   };
   if constexpr (Columns == 1) {
     write(load(sums), out);

@@ -41,6 +41,23 @@ constexpr int tile_outputs(int rows) { return rows <= 2 ? 4 : 3; }
 template <class T>
 constexpr bool linear_converts = !std::is_same<T, Input<T>>::value;
 
+// Rows of `long_row` inputs or more go by blocks of `linear_depth` inputs, 0 for never. On the CPUs that have AMX, the
+// arithmetic on four or more rows waits for the L2 cache unless the weights of a group and x stay in the L1 cache. Of x
+// and of the sums there is room for so many rows, and of so many groups.
+#if defined(__AMX_BF16__)
+template <class T>
+constexpr int64_t linear_depth = std::is_same<T, float>::value ? 256 : 0;
+#else
+template <class T>
+constexpr int64_t linear_depth = 0;
+#endif
+constexpr int64_t least_rows = 4 * linear_rows, long_row = 2048, block_groups = 2;
+
+template <class T>
+bool linear_in_blocks(const LinearParams& p) {
+  return linear_depth<T> && p.rows > linear_rows && p.inputs >= long_row;
+}
+
 // What a tile fetches of the weights that come after its own: in each step a line of each of `Rows` rows, and where
 // `Ahead`, the line that many steps behind it as well. They go to the L2 cache: the L1 cache has no room for them, and
 // fetching them there was measured to cost a quarter of the time on 16 rows.
@@ -184,37 +201,63 @@ CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t outp
   }
 }
 
-// Rows [row, row + R) of outputs [output, output + C).
+// Inputs [k, end) of rows [row, row + R) of outputs [output, output + C). What the inputs before have added up comes from
+// `sums`, and goes there unless these are the last ones.
 template <class T, int R, int C, class Next>
-CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output, const T* next) {
+CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output, int64_t k, int64_t end, const T* next,
+                             float* sums) {
   constexpr int step = linear_step<T>;
-  const int64_t end = p.inputs / step * step, w_stride = p.weight_stride;
+  const int64_t whole = end / step * step, w_stride = p.weight_stride;
   const T* weight = static_cast<const T*>(p.weight) + output * w_stride;
   const Input<T>* x = reinterpret_cast<const Input<T>*>(static_cast<const char*>(p.x) + row * p.x_bytes);
   const int64_t x_stride = p.x_bytes / sizeof(Input<T>);
   vfloat sum[R][C] = {};
-  for (int64_t k = 0; k < end; k += step)
+  if (linear_depth<T> && k > 0)
+#pragma GCC unroll 32
+    for (int i = 0; i < R * C; ++i) sum[i / C][i % C] = load(sums + i * native);
+  for (next -= k; k < whole; k += step)
     add_products<R, C, Next, false>(x + k, x_stride, weight + k, w_stride, step, next + k, sum);
-  if (end < p.inputs)
-    add_products<R, C, Fetch<0>, true>(x + end, x_stride, weight + end, w_stride, p.inputs - end, next, sum);
+  if (linear_depth<T> && end < p.inputs) {
+#pragma GCC unroll 32
+    for (int i = 0; i < R * C; ++i) store(sums + i * native, sum[i / C][i % C]);
+    return;
+  }
+  if (whole < end)
+    add_products<R, C, Fetch<0>, true>(x + whole, x_stride, weight + whole, w_stride, end - whole, next, sum);
   linear_results<T>(p, row, output, sum);
 }
 
 // Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile, so that
-// the memory never rests. Behind the last group come those at `after`.
+// the memory never rests. Behind the last group come those at `after`. Where the inputs go by blocks, a few groups take a
+// block before the next one.
 template <class T, int C, class Next>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
   const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows;
-  for (int64_t output = begin; output < end; output += C) {
-    const T* group = static_cast<const T*>(p.weight) + (output + C) * p.weight_stride;
-    if (output + C >= end) group = after;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
-      const T* next = Next::rows < C && 2 * i >= tiles ? group + Next::rows * p.weight_stride : group;
-      with_block<linear_rows>(count, [&](auto size) {
-        linear_tile<T, decltype(size)::value, C, Next>(p, row, output, next);
-      });
-    }
+  const bool blocks = C > 1 && linear_in_blocks<T>(p);
+  const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), together = blocks ? block_groups * C : C;
+  alignas(64) float sums[linear_depth<T> ? block_groups * C * least_rows * native : 1];
+  const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * p.weight_stride; };
+  for (int64_t first = begin, last; first < end; first = last) {
+    last = minimum(first + together, end);
+    int64_t k = 0;
+    do {
+      const int64_t k_end = minimum(k + depth, p.inputs);
+      for (int64_t output = first; output < last; output += C) {
+        const T* group = output + C < last ? weights(output + C) + k
+                         : k_end < p.inputs ? weights(first) + k_end
+                         : last < end       ? weights(last)
+                                            : after;
+        for (int64_t i = 0; i < tiles; ++i) {
+          const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
+          const T* next = Next::rows < C && 2 * i >= tiles ? group + Next::rows * p.weight_stride : group;
+          with_block<linear_rows>(count, [&](auto size) {
+            linear_tile<T, decltype(size)::value, C, Next>(p, row, output, k, k_end, next,
+                                                           sums + ((output - first) * p.rows + row * C) * native);
+          });
+        }
+      }
+      k = k_end;
+    } while (k < p.inputs);
   }
 }
 
@@ -248,8 +291,9 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
 // Many rows go in blocks, so that the outputs of a task find x in the cache.
 template <class T>
 void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
-  constexpr int64_t block_bytes = 256 << 10, least_rows = 4 * linear_rows;
-  const int64_t block = maximum(block_bytes / p.x_bytes / linear_rows * linear_rows, least_rows);
+  constexpr int64_t block_bytes = 256 << 10;
+  int64_t block = maximum(block_bytes / p.x_bytes / linear_rows * linear_rows, least_rows);
+  if (linear_in_blocks<T>(p)) block = least_rows;
   if (p.rows <= block) return linear_block<T>(p, begin, end, next);
   const int64_t count = (p.rows + block - 1) / block, tiles = (p.rows + linear_rows - 1) / linear_rows;
   for (int64_t i = 0; i < count; ++i) {

@@ -1,18 +1,24 @@
 // Rotary position embedding of one key. Included only by kernels.cpp, as vec.h is.
 #pragma once
 
+#include <type_traits>
+
 #include "vec.h"
 
 namespace cllm::cpu {
 namespace {
 
-// x rounded to T. It goes through memory, lest the compiler fuse a product with the sum that follows.
+// x rounded to T, which the compiler must not fuse with the sum that follows.
 template <class T>
 CLLM_INLINE vfloat rounded(vfloat x) {
-  T stored[native];
-  store(stored, x);
-  asm("" : "+m"(stored));
-  return load(stored);
+  if constexpr (std::is_same<T, bf16_t>::value) {
+    return reinterpret_cast<vfloat>(round_to_half(x) & 0xffff0000u);
+  } else {
+    T stored[native];
+    store(stored, x);
+    asm("" : "+m"(stored));
+    return load(stored);
+  }
 }
 
 // The first `count` lanes, the others 0.
@@ -43,14 +49,11 @@ CLLM_INLINE void rotate_lanes(const T* key, const Angle* cos, const Angle* sin, 
 }
 
 template <class T, class Angle>
-void rotate(const void* key, const void* cos, const void* sin, void* to, int64_t rotary) {
+CLLM_INLINE void rotate(const T* key, const Angle* cos, const Angle* sin, T* to, int64_t rotary) {
   const int64_t half = rotary / 2;
-  const T* from = static_cast<const T*>(key);
-  const Angle *c = static_cast<const Angle*>(cos), *s = static_cast<const Angle*>(sin);
-  T* out = static_cast<T*>(to);
   int64_t i = 0;
-  for (; i + native <= half; i += native) rotate_lanes(from + i, c + i, s + i, out + i, half, native);
-  if (i < half) rotate_lanes(from + i, c + i, s + i, out + i, half, half - i);
+  for (; i + native <= half; i += native) rotate_lanes(key + i, cos + i, sin + i, to + i, half, native);
+  if (i < half) rotate_lanes(key + i, cos + i, sin + i, to + i, half, half - i);
 }
 
 }  // namespace

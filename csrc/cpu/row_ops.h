@@ -38,10 +38,10 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t count, T* out) {
   for (; i < count; ++i) narrow(widen(weight[i]) * rounded<T>(widen(x[i]) * factor), out + i);
 }
 
-// gate = silu(gate) * up. Rounded in between, as a module for each would round. The rest of a row goes through a vector
-// too, so that the place of a value decides nothing.
+// gate = silu(gate) * up of a row. Rounded in between, as a module for each would round. The rest of a row goes through a
+// vector too, so that the place of a value decides nothing.
 template <class T>
-void silu_multiply(T* gate, const T* up, int64_t count) {
+CLLM_INLINE void silu_multiply(T* gate, const T* up, int64_t count) {
   const auto step = [](const T* x, const T* y, T* to) {
     const vfloat v = load(x), exponent = v * -log2e;
     // exp2 takes less than 128; NaN stays

@@ -120,11 +120,20 @@ CLLM_INLINE void narrow(float x, f16_t* to) {
   to->bits = static_cast<uint16_t>(sign | half);
 }
 
+// GCC widens vectors by halves.
 CLLM_INLINE vfloat load(const bf16_t* from) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return reinterpret_cast<vfloat>(_mm512_slli_epi32(wide, 16));
+#elif defined(__AVX2__)
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return reinterpret_cast<vfloat>(_mm256_slli_epi32(wide, 16));
+#else
   vhalf x;
   memcpy(&x, from, sizeof x);
   const vuint wide = __builtin_convertvector(x, vuint) << 16;
   return reinterpret_cast<vfloat>(wide);
+#endif
 }
 
 CLLM_INLINE vfloat load(const f16_t* from) {
@@ -139,10 +148,14 @@ CLLM_INLINE vfloat load(const f16_t* from) {
 #endif
 }
 
-CLLM_INLINE void store(bf16_t* to, vfloat x) {
+// Bits whose upper half is x in bfloat16, rounded to nearest, ties to even.
+CLLM_INLINE vuint round_to_half(vfloat x) {
   const vuint bits = reinterpret_cast<vuint>(x);
-  const vuint rounded = x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
-  const vhalf high = __builtin_convertvector(rounded >> 16, vhalf);
+  return x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
+}
+
+CLLM_INLINE void store(bf16_t* to, vfloat x) {
+  const vhalf high = __builtin_convertvector(round_to_half(x) >> 16, vhalf);
   memcpy(to, &high, sizeof high);
 }
 

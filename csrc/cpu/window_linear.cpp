@@ -247,7 +247,6 @@ void qkv(const QkvParams& p, int threads) {
   int64_t first[4] = {};  // task of each layer
   for (int i = 0; i < 3; ++i) first[i + 1] = first[i] + (layers[i].outputs + step - 1) / step;
   Tasks tasks(first[3], team);
-  const int64_t query_heads = p.query.outputs / p.dim, heads = query_heads + p.key.outputs / p.dim;
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     inputs.prepare(prepared, [&](int64_t row) {
@@ -262,15 +261,16 @@ void qkv(const QkvParams& p, int threads) {
     }
 #pragma omp barrier
 #pragma omp for schedule(static)
-    for (int64_t task = 0; task < p.rows * heads; ++task) {
-      const int64_t row = task / heads, head = task % heads;
-      const bool query = head < query_heads;
-      const int64_t at = query ? row * p.query.outputs + head * p.dim
-                               : row * p.key.outputs + (head - query_heads) * p.dim;
-      char* x = static_cast<char*>(query ? p.query_out : p.key_out) + at * item;
-      if (const void* norm = query ? p.query_norm : p.key_norm) run.rms_norm(x, norm, p.head_eps, p.dim, x, p.dtype);
-      run.rotate(x, static_cast<const char*>(p.cos) + row * p.dim * item,
-                 static_cast<const char*>(p.sin) + row * p.dim * item, x, p.dim, p.dtype, p.dtype);
+    for (int64_t task = 0; task < 2 * p.rows; ++task) {
+      const int64_t row = task / 2;
+      const bool query = task % 2 == 0;
+      const int64_t width = query ? p.query.outputs : p.key.outputs, angles = row * p.dim * item;
+      char* x = static_cast<char*>(query ? p.query_out : p.key_out) + row * width * item;
+      if (const void* norm = query ? p.query_norm : p.key_norm)
+        for (int64_t at = 0; at < width; at += p.dim)
+          run.rms_norm(x + at * item, norm, p.head_eps, p.dim, x + at * item, p.dtype);
+      run.rotate(x, static_cast<const char*>(p.cos) + angles, static_cast<const char*>(p.sin) + angles, x, p.dim,
+                 width / p.dim, p.dim, p.dtype, p.dtype);
     }
   }
 }
@@ -321,10 +321,7 @@ void mlp(const MlpParams& p, int threads) {
       };
       run.linear(gates, begin, end, row_of(ups, begin));
       run.linear(ups, begin, end, row_of(gates, end));
-      for (int64_t row = 0; row < p.rows; ++row) {
-        const int64_t at = (row * inner + begin) * item;
-        run.silu_multiply(gate + at, up + at, end - begin, p.dtype);
-      }
+      run.silu_multiply(gate + begin * item, up + begin * item, p.rows, end - begin, inner, p.dtype);
     }
 #pragma omp barrier
     down_inputs.prepare(memory + down_inputs_at);

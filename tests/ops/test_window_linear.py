@@ -124,7 +124,7 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows, dtype, backend)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            for outputs, inputs in (*SHAPES, (700, 1500), (30, 4096)):
+            for outputs, inputs in (*SHAPES, (700, 1500), (30, 4096), (53, 2051)):
                 if rows > LINEAR.fast_rows(dtype):
                     continue  # torch's own linear runs
                 x, weight, bias = make_linear(rows, outputs, inputs, dtype)
