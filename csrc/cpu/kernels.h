@@ -32,6 +32,8 @@ struct Noise {
   int32_t token;
 };
 
+constexpr int64_t page_bytes = 4096;
+
 // How `linear` takes a layer.
 struct LinearLayout {
   int64_t outputs;   // those of a task are a multiple of these

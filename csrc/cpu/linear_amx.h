@@ -15,8 +15,9 @@
 namespace cllm::cpu {
 namespace {
 
-// Of a row of weights so many inputs are fetched ahead, about as far as the hardware needs to see that it is read on.
+// Of a long row of weights so many inputs are fetched ahead, about as far as the hardware needs to see that it is read on.
 constexpr int64_t fetched_inputs = 1024;
+constexpr int64_t band_tiles = 4;
 // x that stays in the L2 cache, which has 2 MB on the CPUs that have AMX.
 constexpr int64_t amx_block_bytes = 1 << 20;
 
@@ -79,11 +80,16 @@ void amx_results(const LinearParams& p, const float* sums, int64_t row, int64_t 
   }
 }
 
-// Outputs [output, output + count), of G tiles, of P panels from `row` on. Meanwhile lines of rows
-// [fetch_begin, fetch_end) of the weights at `next` are fetched into the L2 cache.
+// Rows of weights that are fetched into the L2 cache, the first `inputs` of each: `count` from `first` on, `stride` values
+// apart.
+struct FetchedRows {
+  const bf16_t* first;
+  int64_t stride, count, inputs;
+};
+
+// Outputs [output, output + count), of G tiles, of P panels from `row` on. Meanwhile `next` is fetched.
 template <int G, int P, int Columns>
-void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count, const bf16_t* next,
-              int64_t fetch_begin, int64_t fetch_end) {
+void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count, const FetchedRows& next) {
   const int64_t stride = p.weight_stride * sizeof(bf16_t), panel_bytes = Columns * p.x_bytes;
   const bf16_t* weight = static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
   const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
@@ -96,8 +102,8 @@ void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count,
   int64_t k = 0;
   for (; k + tile_inputs <= p.inputs; k += tile_inputs) {
     add_products(reinterpret_cast<const char*>(weight + k), stride);
-    if (k >= fetched_inputs) continue;
-    for (int64_t i = fetch_begin; i < fetch_end; ++i) __builtin_prefetch(next + i * p.weight_stride + k, 0, 2);
+    if (k >= next.inputs) continue;
+    for (int64_t i = 0; i < next.count; ++i) __builtin_prefetch(next.first + i * next.stride + k, 0, 2);
   }
   alignas(64) char memory[2 * tile_bytes];
   if (k < p.inputs) {
@@ -131,37 +137,46 @@ void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count,
   }
 }
 
-// Rows [row, row_end), of which x stays in the L2 cache.
+// Rows [row, row_end), of which x stays in the L2 cache. Outputs go in bands, and while a band is computed, as many rows of
+// the weights behind it are fetched.
 template <int Columns>
 void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begin, int64_t end, const bf16_t* after) {
   const int64_t panels = (row_end - row + tile_rows - 1) / tile_rows, pairs = (panels + 1) / 2;
-  for (int64_t output = begin; output < end;) {
-    const int64_t left = end - output;
-    // One tile where the memory binds: it gives more with half as many rows read at once.
-    const int64_t count = left >= 2 * tile_rows && pairs > 1 ? 2 * tile_rows : minimum(left, tile_rows);
-    if (count < tile_rows) configure_tiles<Columns>(count);
-    const bf16_t* next =
-        count < left ? static_cast<const bf16_t*>(p.weight) + (output + count) * p.weight_stride : after;
-    for (int64_t i = 0; i < pairs; ++i) {
-      const int64_t first = row + 2 * i * tile_rows;
-      const int64_t fetch_begin = count * i / pairs, fetch_end = count * (i + 1) / pairs;
-      const auto tile = [&](auto groups, auto width) {
-        amx_tile<decltype(groups)::value, decltype(width)::value, Columns>(p, first, output, count, next, fetch_begin,
-                                                                          fetch_end);
-      };
-      using One = std::integral_constant<int, 1>;
-      using Two = std::integral_constant<int, 2>;
-      const bool wide = 2 * i + 1 < panels, tall = count > tile_rows;
-      if constexpr (Columns > 1) {
-        if (wide) {
-          tall ? tile(Two{}, Two{}) : tile(One{}, Two{});
-          continue;
+  // Where the memory binds, it gives more with fewer rows read at once, and with these in different pages: of rows that
+  // share one, a group of outputs fetches some from all over the next band.
+  const int64_t most = pairs > 1 ? 2 * tile_rows : tile_rows;
+  const bool spread = pairs == 1 && p.weight_stride * sizeof(bf16_t) < page_bytes;
+  const int64_t tiles = (end - begin + tile_rows - 1) / tile_rows, bands = (tiles + band_tiles - 1) / band_tiles;
+  int64_t band = 0;
+  for (int64_t first = begin, last; first < end; first = last) {
+    const int64_t left = end - first;
+    last = spread ? minimum(begin + tiles * ++band / bands * tile_rows, end)
+                  : first + (left >= most ? most : minimum(left, tile_rows));
+    const int64_t step = spread ? tile_rows : last - first, groups = (last - first + step - 1) / step;
+    const bf16_t* next = last < end ? static_cast<const bf16_t*>(p.weight) + last * p.weight_stride : after;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t output = first + group * step, count = minimum(step, last - output);
+      if (count < tile_rows) configure_tiles<Columns>(count);
+      for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t panel = row + 2 * i * tile_rows, fetched = count * i / pairs;
+        const FetchedRows rows{next + (fetched * groups + group) * p.weight_stride, groups * p.weight_stride,
+                               count * (i + 1) / pairs - fetched, spread ? p.inputs : fetched_inputs};
+        const auto tile = [&](auto heights, auto width) {
+          amx_tile<decltype(heights)::value, decltype(width)::value, Columns>(p, panel, output, count, rows);
+        };
+        using One = std::integral_constant<int, 1>;
+        using Two = std::integral_constant<int, 2>;
+        const bool wide = 2 * i + 1 < panels, tall = count > tile_rows;
+        if constexpr (Columns > 1) {
+          if (wide) {
+            tall ? tile(Two{}, Two{}) : tile(One{}, Two{});
+            continue;
+          }
         }
+        tall ? tile(Two{}, One{}) : tile(One{}, One{});
       }
-      tall ? tile(Two{}, One{}) : tile(One{}, One{});
+      if (count < tile_rows) configure_tiles<Columns>();
     }
-    if (count < tile_rows) configure_tiles<Columns>();
-    output += count;
   }
 }
 

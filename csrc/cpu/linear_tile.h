@@ -41,21 +41,29 @@ constexpr int tile_outputs(int rows) { return rows <= 2 ? 4 : 3; }
 template <class T>
 constexpr bool linear_converts = !std::is_same<T, Input<T>>::value;
 
-// Rows of `long_row` inputs or more go by blocks of `linear_depth` inputs, 0 for never. On the CPUs that have AMX, the
-// arithmetic on four or more rows waits for the L2 cache unless the weights of a group and x stay in the L1 cache. Of x
-// and of the sums there is room for so many rows, and of so many groups.
+// The CPUs that have AMX differ from others in two ways. The arithmetic on long rows of float32 waits for the L2 cache
+// unless the weights of some groups of outputs, x and the sums stay in the L1 cache; so the inputs go by blocks of
+// `linear_depth` there (0: they do not). And their memory gives more when rows that are fetched at the same time lie in
+// different pages.
 #if defined(__AMX_BF16__)
-template <class T>
-constexpr int64_t linear_depth = std::is_same<T, float>::value ? 256 : 0;
+constexpr bool on_amx = true;
 #else
-template <class T>
-constexpr int64_t linear_depth = 0;
+constexpr bool on_amx = false;
 #endif
-constexpr int64_t least_rows = 4 * linear_rows, long_row = 2048, block_groups = 2;
+template <class T>
+constexpr int linear_depth = on_amx && std::is_same<T, float>::value ? 256 : 0;
+constexpr int64_t long_row = 2048, least_rows = 4 * linear_rows, block_groups = 2, page_groups = 4;
 
 template <class T>
 bool linear_in_blocks(const LinearParams& p) {
   return linear_depth<T> && p.rows > linear_rows && p.inputs >= long_row;
+}
+
+// Groups of outputs in a band: see `linear_outputs`.
+template <class T>
+int64_t linear_band(const LinearParams& p) {
+  if (linear_in_blocks<T>(p)) return block_groups;
+  return on_amx && p.weight_stride * static_cast<int64_t>(sizeof(T)) < page_bytes ? page_groups : 1;
 }
 
 // What a tile fetches of the weights that come after its own: in each step a line of each of `Rows` rows, and where
@@ -74,15 +82,15 @@ struct Fetch {
 };
 
 // sum[r][c] += the products of one step of row r of x and row c of the weights, of its first `count` inputs where
-// `Tail`. Meanwhile weights at `next` are fetched.
+// `Tail`. Meanwhile weights at `next` are fetched, of rows `next_stride` values apart.
 template <int R, int C, class Next, bool Tail>
 CLLM_INLINE void add_products(const float* x, int64_t x_stride, const float* w, int64_t w_stride, int64_t count,
-                              const float* next, vfloat (&sum)[R][C]) {
+                              const float* next, int64_t next_stride, vfloat (&sum)[R][C]) {
   vfloat y[C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
     y[c] = load_register<vfloat, Tail>(w + c * w_stride, count);
-    Next::line(next, w_stride, c);
+    Next::line(next, next_stride, c);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -95,12 +103,12 @@ CLLM_INLINE void add_products(const float* x, int64_t x_stride, const float* w, 
 #if defined(__AVX512BF16__)
 template <int R, int C, class Next, bool Tail>
 CLLM_INLINE void add_products(const bf16_t* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t count,
-                              const bf16_t* next, vfloat (&sum)[R][C]) {
+                              const bf16_t* next, int64_t next_stride, vfloat (&sum)[R][C]) {
   __m512bh y[C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
     y[c] = load_register<__m512bh, Tail>(w + c * w_stride, count);
-    Next::line(next, w_stride, c);
+    Next::line(next, next_stride, c);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
@@ -113,12 +121,12 @@ CLLM_INLINE void add_products(const bf16_t* x, int64_t x_stride, const bf16_t* w
 // x has zeros behind its end.
 template <int R, int C, class Next, bool Tail>
 CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w, int64_t w_stride, int64_t count,
-                              const bf16_t* next, vfloat (&sum)[R][C]) {
+                              const bf16_t* next, int64_t next_stride, vfloat (&sum)[R][C]) {
   vuint pairs[C];
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) {
     pairs[c] = load_register<vuint, Tail>(w + c * w_stride, count);
-    Next::line(next, w_stride, c);
+    Next::line(next, next_stride, c);
   }
 #pragma GCC unroll 2
   for (int odd = 0; odd < 2; ++odd) {
@@ -205,7 +213,7 @@ CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t outp
 // `sums`, and goes there unless these are the last ones.
 template <class T, int R, int C, class Next>
 CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output, int64_t k, int64_t end, const T* next,
-                             float* sums) {
+                             int64_t next_stride, float* sums) {
   constexpr int step = linear_step<T>;
   const int64_t whole = end / step * step, w_stride = p.weight_stride;
   const T* weight = static_cast<const T*>(p.weight) + output * w_stride;
@@ -216,42 +224,44 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
 #pragma GCC unroll 32
     for (int i = 0; i < R * C; ++i) sum[i / C][i % C] = load(sums + i * native);
   for (next -= k; k < whole; k += step)
-    add_products<R, C, Next, false>(x + k, x_stride, weight + k, w_stride, step, next + k, sum);
+    add_products<R, C, Next, false>(x + k, x_stride, weight + k, w_stride, step, next + k, next_stride, sum);
   if (linear_depth<T> && end < p.inputs) {
 #pragma GCC unroll 32
     for (int i = 0; i < R * C; ++i) store(sums + i * native, sum[i / C][i % C]);
     return;
   }
   if (whole < end)
-    add_products<R, C, Fetch<0>, true>(x + whole, x_stride, weight + whole, w_stride, end - whole, next, sum);
+    add_products<R, C, Fetch<0>, true>(x + whole, x_stride, weight + whole, w_stride, end - whole, next, 0, sum);
   linear_results<T>(p, row, output, sum);
 }
 
-// Outputs [begin, end) in groups of C, all rows of a group before the next, whose weights are fetched meanwhile, so that
-// the memory never rests. Behind the last group come those at `after`. Where the inputs go by blocks, a few groups take a
-// block before the next one.
+// Outputs [begin, end) in groups of C, all rows of a group before the next. Meanwhile weights are fetched, so that the
+// memory never rests: behind the last group come those at `after`. Groups go in bands. Where the inputs go by blocks, all
+// groups of a band take a block before the next one; else a group fetches some rows from all over the next band.
 template <class T, int C, class Next>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
   const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows;
   const bool blocks = C > 1 && linear_in_blocks<T>(p);
-  const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), together = blocks ? block_groups * C : C;
+  const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), band = C * linear_band<T>(p);
   alignas(64) float sums[linear_depth<T> ? block_groups * C * least_rows * native : 1];
   const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * p.weight_stride; };
   for (int64_t first = begin, last; first < end; first = last) {
-    last = minimum(first + together, end);
+    last = minimum(first + band, end);
+    const T* behind = last < end ? weights(last) : after;
     int64_t k = 0;
     do {
       const int64_t k_end = minimum(k + depth, p.inputs);
       for (int64_t output = first; output < last; output += C) {
-        const T* group = output + C < last ? weights(output + C) + k
-                         : k_end < p.inputs ? weights(first) + k_end
-                         : last < end       ? weights(last)
-                                            : after;
+        const int64_t stride = blocks ? p.weight_stride : (last - first) / C * p.weight_stride;
+        const T* fetched = !blocks            ? behind + (output - first) / C * p.weight_stride
+                           : output + C < last ? weights(output + C) + k
+                           : k_end < p.inputs  ? weights(first) + k_end
+                                               : behind;
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
-          const T* next = Next::rows < C && 2 * i >= tiles ? group + Next::rows * p.weight_stride : group;
+          const T* next = Next::rows < C && 2 * i >= tiles ? fetched + Next::rows * stride : fetched;
           with_block<linear_rows>(count, [&](auto size) {
-            linear_tile<T, decltype(size)::value, C, Next>(p, row, output, k, k_end, next,
+            linear_tile<T, decltype(size)::value, C, Next>(p, row, output, k, k_end, next, stride,
                                                            sums + ((output - first) * p.rows + row * C) * native);
           });
         }
