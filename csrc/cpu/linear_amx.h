@@ -17,6 +17,7 @@ namespace {
 
 // Of a long row of weights so many inputs are fetched ahead, about as far as the hardware needs to see that it is read on.
 constexpr int64_t fetched_inputs = 1024;
+// Tiles of outputs in a band: see `amx_block`.
 constexpr int64_t band_tiles = 4;
 // x that stays in the L2 cache, which has 2 MB on the CPUs that have AMX.
 constexpr int64_t amx_block_bytes = 1 << 20;
