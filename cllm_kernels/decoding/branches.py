@@ -72,7 +72,6 @@ class Branches:
 
     def _commits(self, scores: torch.Tensor, windows: torch.Tensor, state: JacobiState) -> list[list[int]]:
         """How many tokens each branch would commit, ``[B][C]``."""
-        # Rows only leave, so those of a batch of one size stay the same.
         probe = self._probes.get(windows.shape)
         if probe is None:
             probe = self._probes[windows.shape] = _Probe(state, windows.shape[1])
@@ -90,12 +89,11 @@ class _Probe:
     def __init__(self, of: JacobiState, count: int):
         self.state = dataclasses.replace(
             JacobiState.allocate(of.rows * count, of.width, of.capacity, device=of.device),
-            seeds=of.seeds.repeat_interleave(count),
             eos=of.eos,
         )
         self.copied = [
             (getattr(self.state, name).view(of.rows, count), getattr(of, name)[:, None])
-            for name in ("produced", "limits", "block_left", "done")
+            for name in ("produced", "limits", "block_left", "done", "seeds")
         ]
 
     def set_(self, windows: torch.Tensor) -> None:

@@ -48,6 +48,8 @@ class JacobiConfig:
         record_trajectory: whether to keep the window of every iteration (for training).
         optimize: whether known decoder layers, and on the CPU linear layers, run by the package's own kernels while
             decoding (see :func:`cllm_kernels.optimize`).
+        max_batch_size: the most rows that are decoded at once; the cache holds so many. Others wait, and once half of the
+            places are free, those whose turn it is get their prompts read and go on there. None: all rows at once.
 
     Raises:
         ValueError: an option is out of its range.
@@ -64,10 +66,13 @@ class JacobiConfig:
     backend: str = "auto"
     record_trajectory: bool = False
     optimize: bool = True
+    max_batch_size: int | None = None
 
     def __post_init__(self):
-        for name, least in (("block_size", 2), ("candidates", 1), ("blocks", 1)):
+        for name, least in (("block_size", 2), ("candidates", 1), ("blocks", 1), ("max_batch_size", 1)):
             value = getattr(self, name)
+            if name == "max_batch_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least {least}")
         if self.mode not in MODES:

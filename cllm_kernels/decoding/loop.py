@@ -55,8 +55,8 @@ def decode(
 ) -> Decoded:
     """Decodes all rows of the session's state to their end.
 
-    The first forward holds the prompt and the first window together, so that even the prefill commits more
-    than one token where the drafts are right. On the CPU, the host reads two integers per iteration: how many
+    The forward of a prompt holds the first window too, so that even the prefill commits more than one token where the
+    drafts are right. Rows that wait (see ``Session.most``) take the places of rows that have ended. On the CPU, the host reads two integers per iteration: how many
     rows still run, and how many have NaN logits. On CUDA devices it reads them later, see :func:`run_chunks`, unless
     an option needs the host in every iteration; then an iteration is a graph, where its shape stays.
 
@@ -126,33 +126,57 @@ def decode(
             lookup.observe(state)
         return running
 
-    begin = time.perf_counter()
-    if source == "lookup":
-        lookup.propose_(state)
-    record()
-    n = state.width
-    input_ids = torch.cat((prompt[:, :-1], state.window), dim=1)
-    positions = torch.arange(width - 1 + n, device=prompt.device) - starts[:, None]
-    lengths.zero_()
-    logits = forward(input_ids, positions.clamp_(0, session.limit), n)
-    lengths.fill_(width - 1)
-    running = advance(logits, processing(logits, state))
-    prefill_tokens = int(state.produced.sum())
-    prefilled = time.perf_counter()
+    steps: dict[tuple[str, int], int] = {}
+    prefills, prefill_tokens, prefill_seconds = 0, 0, 0.0
 
-    forwards = 1
-    steps = {(source, n): 1}
+    def prefill(rows: int) -> int:
+        """Runs the prompts of the first rows with their first windows; returns how many of these rows go on."""
+        nonlocal state, prefills, prefill_tokens, prefill_seconds
+        started = time.perf_counter()
+        whole, state = state, windows.first(rows)
+        if source == "lookup":
+            lookup.propose_(state)
+        record()
+        n, pads = state.width, starts[:rows]
+        skipped = int(pads.min())  # columns that are padding in each of them
+        pads -= skipped
+        input_ids = torch.cat((prompt[session.order[:rows], skipped:-1], state.window), dim=1)
+        positions = torch.arange(width - 1 - skipped + n, device=prompt.device) - pads[:, None]
+        lengths[:rows] = 0
+        logits = forward(input_ids, positions.clamp_(0, session.limit), n)
+        lengths[:rows] = width - 1 - skipped
+        running = advance(logits, processing(logits, state))
+        steps[source, n] = steps.get((source, n), 0) + 1
+        prefills += 1
+        prefill_tokens += int(state.produced.sum())
+        prefill_seconds += time.perf_counter() - started
+        state = whole
+        return running
+
+    begin = time.perf_counter()
+    waiting = session.whole.rows - state.rows
+    running = prefill(state.rows)
+
     graphs = session.capturable and runs_on_device(state.device, config, processing) and not looks
-    if running and graphs and not waits_for_host(config):
+    hosted = waits_for_host(config) or waiting > 0
+    if running and graphs and not hosted:
         ran = run_chunks(session, config, processing, backend, stream if on_commit is not None else None)
-        forwards, steps[source, n] = forwards + ran, steps[source, n] + ran
+        steps[source, state.width] += ran
         running = int(state.status[0])
         if on_commit is not None:
             stream(int(state.produced[0]), state.output[0])
-    single = single_steps(session, config, processing, backend) if graphs and waits_for_host(config) else None
+    single = single_steps(session, config, processing, backend) if graphs and hosted else None
     # Finished rows leave the batch where nobody outside knows rows by their number, and no graph has their addresses.
     shrinks = session.cache is not None and processing.vectorised and not looks and single is None
-    while running:
+    n = state.width
+    while running or waiting:
+        # A few prompts cost a forward as many do, and where rows have left, the others' forward costs less.
+        if waiting and session.most - running >= min(waiting, (session.most + 1) // 2):
+            admitted = windows.admit()
+            waiting -= admitted
+            running += prefill(admitted)
+            state = windows.at(windows.current.width)
+            continue
         if shrinks and running < state.rows:
             state = windows.drop_finished()
         if config.adapts:
@@ -179,7 +203,6 @@ def decode(
             accepted = [new - old for old, new in zip(produced, state.produced.tolist(), strict=True) if new > old]
             choice.observe(accepted, time.perf_counter() - started)
         steps[step] = steps.get(step, 0) + 1
-        forwards += 1
     end = time.perf_counter()
     if lone is not None and lookup is not None:
         lone.score = lookup.learnt()
@@ -193,16 +216,17 @@ def decode(
         tokens=[output[row][: produced[row]] for row in place],
         statistics=JacobiStatistics(
             rows=tuple(row_statistics[row] for row in place),
-            forwards=forwards,
+            forwards=sum(steps.values()),
             steps=steps,
             chosen=tuple(branches.chosen) if branches is not None else (),
             block_size=config.width,
             mode=config.mode,
             draft=config.draft,
             backend=backend,
+            prefill_forwards=prefills,
             prefill_tokens=prefill_tokens,
-            prefill_seconds=prefilled - begin,
-            decode_seconds=end - prefilled,
+            prefill_seconds=prefill_seconds,
+            decode_seconds=end - begin - prefill_seconds,
             processor_calls=processing.calls,
             processor_seconds=processing.seconds,
         ),
@@ -238,20 +262,35 @@ class _Windows:
 
     def __init__(self, session: Session):
         self.session = session
-        self.current = self.full = session.state
+        self.current = self.full = session.whole
         self._states = {self.full.width: self.full}
-        self._running = dict(self._states)
+        self._running = {self.full.width: session.state}
         self._left_at = {}
 
-    def drop_finished(self) -> JacobiState:
-        """Goes on with the running rows alone."""
+    def _by_row(self) -> list[torch.Tensor]:
+        """What has a row for each of the batch besides the full state."""
         own = [
             getattr(state, name)
             for state in self._states.values() if state is not self.full
             for name in ("window", "kept", "since", "accept_histogram")
         ]  # fmt: skip
-        self._running = {self.full.width: self.session.drop_finished([*own, *self._left_at.values()])}
+        return [*own, *self._left_at.values()]
+
+    def drop_finished(self) -> JacobiState:
+        """Goes on with the running rows alone."""
+        self._running = {self.full.width: self.session.drop_finished(self._by_row())}
         return self.at(self.current.width)
+
+    def admit(self) -> int:
+        """Gives the places of finished rows to rows that wait; returns how many, which are the first ones then."""
+        count = self.session.admit(self._by_row())
+        self._running = {self.full.width: self.session.state}
+        return count
+
+    def first(self, rows: int) -> JacobiState:
+        """The first rows at the current width."""
+        running = self._running.get(self.current.width)
+        return running if running is not None and running.rows == rows else self.current.first(rows)
 
     def at(self, width: int) -> JacobiState:
         """Goes on with a window of that width."""

@@ -8,7 +8,7 @@ import functools
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -43,6 +43,7 @@ class Session:
         max_position: highest position id that the model can take; drafts behind it never get committed, so their
             positions are clamped. None for no limit.
         cache: of the forward; without it finished rows stay in the batch.
+        most: how many rows are decoded at once, and the cache holds; the others wait. None: all.
         chunk, replay: iterations of the captured graph and what launches it; 0 and None before there is one.
         capturable: False once the forward could not be captured.
     """
@@ -52,6 +53,7 @@ class Session:
     bounds: torch.Tensor
     max_position: int | None = None
     cache: JacobiCache | None = None
+    most: int | None = None
     chunk: int = 0
     replay: Callable[[], None] | None = None
     capturable: bool = True
@@ -60,8 +62,9 @@ class Session:
         self.columns: dict[tuple[int, int], torch.Tensor] = {}
         # the state of all rows, and which row of the batch each of its rows is
         self.whole = self.state
-        self.order = list(range(self.state.rows))
-        self.starts = self.bounds[1]
+        self.most = self.whole.rows if self.most is None else self.most
+        self.order = list(range(self.whole.rows))
+        self._take_first(self.most)
         self.limit = torch.iinfo(torch.int64).max if self.max_position is None else self.max_position
 
     def window_positions(self, width: int, count: int = 1) -> torch.Tensor:
@@ -71,7 +74,7 @@ class Session:
             columns = self.columns[width, count] = torch.arange(width, device=self.bounds.device).repeat(count)
         return torch.add(columns, (self.state.lengths - self.starts)[:, None]).clamp_(0, self.limit)
 
-    def drop_finished(self, others: Iterable[torch.Tensor] = ()) -> JacobiState:
+    def drop_finished(self, others: Sequence[torch.Tensor] = ()) -> JacobiState:
         """Goes on with the running rows alone, moved to the front; returns their state, which shares memory with `whole`.
 
         others: tensors with a row for each of the batch, besides those of `whole`, whose rows move alike.
@@ -80,24 +83,51 @@ class Session:
         count = done.count(0)
         holes = [row for row in range(count) if done[row]]
         movers = [row for row in range(count, len(done)) if not done[row]]
+        self._move(movers, holes, others)
+        self._take_first(count)
+        return self.state
+
+    def admit(self, others: Sequence[torch.Tensor] = ()) -> int:
+        """Gives the places of finished rows to rows that wait; returns how many, which are the first ones then.
+
+        others: as of :meth:`drop_finished`.
+        """
+        done, most = self.whole.done.tolist(), self.most
+        waiting = [row for row in range(most, len(done)) if not done[row]][: most - done[:most].count(0)]
+        count = len(waiting)
+        movers = [row for row in range(count) if not done[row]]
+        holes = [row for row in range(count, most) if done[row]][: len(movers)]
+        self._move(movers, holes, others)
+        self._exchange(list(range(count)), waiting, others)
+        self._take_first(most)
+        return count
+
+    def _move(self, movers: list[int], holes: list[int], others: Sequence[torch.Tensor]) -> None:
+        """Moves running rows, with what the cache has of them, to the places of finished ones."""
         for hole, mover in zip(holes, movers, strict=True):
             self.cache.move_row(mover, hole)
-            self.order[hole], self.order[mover] = self.order[mover], self.order[hole]
-        if holes:
-            places, sources = torch.tensor([holes + movers, movers + holes], device=self.bounds.device)
-            by_row = [getattr(self.whole, name) for name, _, shape, _ in FIELDS if shape.startswith("B")]
-            for tensor in (self.bounds[1], *by_row, *others):
-                tensor.index_copy_(0, places, tensor.index_select(0, sources))
-        self.state = self.whole.first(count)
+        self._exchange(holes, movers, others)
+
+    def _exchange(self, first: list[int], second: list[int], others: Sequence[torch.Tensor]) -> None:
+        if not first:
+            return
+        for one, two in zip(first, second, strict=True):
+            self.order[one], self.order[two] = self.order[two], self.order[one]
+        places, sources = torch.tensor([first + second, second + first], device=self.bounds.device)
+        by_row = [getattr(self.whole, name) for name, _, shape, _ in FIELDS if shape.startswith("B")]
+        for tensor in (self.bounds[1], *by_row, *others):
+            tensor.index_copy_(0, places, tensor.index_select(0, sources))
+
+    def _take_first(self, count: int) -> None:
+        """Goes on with the first rows alone."""
+        self.state = self.whole if count == self.whole.rows else self.whole.first(count)
         self.starts = self.bounds[1, :count]
-        return self.state
 
     def restart(self, state: JacobiState, starts: torch.Tensor) -> None:
         """Begins with another prompt of the same shapes."""
-        self.state = self.whole
-        self.starts = self.bounds[1]
-        self.order = list(range(self.state.rows))
-        self.state.copy_(state)
+        self.order = list(range(self.whole.rows))
+        self._take_first(self.most)
+        self.whole.copy_(state)
         self.bounds[1].copy_(starts)
 
 

@@ -43,7 +43,7 @@ class JacobiStatistics:
 
     Attributes:
         rows: one entry a batch row.
-        forwards: forwards of the model, the first one (prompt and first window) included.
+        forwards: forwards of the model, those of prompts and first windows included.
         steps: forwards by draft source and width of the window, as ``("context x 2", 16)`` where two windows of 16 tokens
             were looked at; more than one entry only where these change.
         chosen: with candidates, how often a row went on with its own window, with the first candidate out of the lookup,
@@ -51,9 +51,10 @@ class JacobiStatistics:
         block_size: width of the window, of all blocks in flight.
         mode, draft: as decoded with.
         backend: of the ops, resolved.
-        prefill_tokens: committed by the first forward.
-        prefill_seconds: wall clock up to the end of the first forward's convergence check.
-        decode_seconds: wall clock of all later iterations.
+        prefill_forwards: forwards of prompts, one unless rows had to wait (``max_batch_size``).
+        prefill_tokens: committed by these.
+        prefill_seconds: wall clock of these with their convergence checks.
+        decode_seconds: wall clock of all other iterations.
         processor_calls, processor_seconds: calls of logits processors, and the wall clock that they took of the above.
         attention: ``"block"``, or ``"native"`` where the model ran with its own attention and a dense mask.
     """
@@ -66,6 +67,7 @@ class JacobiStatistics:
     mode: str
     draft: str
     backend: str
+    prefill_forwards: int
     prefill_tokens: int
     prefill_seconds: float
     decode_seconds: float

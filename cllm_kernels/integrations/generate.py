@@ -108,6 +108,7 @@ def jacobi_generate(
     backend: str = JacobiConfig.backend,
     record_trajectory: bool = JacobiConfig.record_trajectory,
     optimize: bool = JacobiConfig.optimize,
+    max_batch_size: int | None = JacobiConfig.max_batch_size,
     generator: torch.Generator | None = None,
     text_streamer: BaseStreamer | None = None,
     on_commit: Callable[[list[int]], None] | None = None,
@@ -145,7 +146,8 @@ def jacobi_generate(
         Whatever is raised, the model is left as it was.
     """
     config = JacobiConfig(
-        block_size, mode, draft, candidates, blocks, adaptive, seed, cuda_graph, backend, record_trajectory, optimize
+        block_size, mode, draft, candidates, blocks, adaptive, seed, cuda_graph, backend, record_trajectory, optimize,
+        max_batch_size,
     )
     attention = _check_model(model, model_kwargs.get(CACHE_NAME))
     _check_options(model, generation_config, logits_processor or [])
@@ -177,6 +179,10 @@ def jacobi_generate(
         keep_logits=returns_dict and bool(generation_config.output_logits),
     )
 
+    most = min(config.max_batch_size or prompt.shape[0], prompt.shape[0])
+    if most < prompt.shape[0]:
+        _check_that_rows_may_move(most, **options)
+
     eos = generation_config.eos_token_id
     eos = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
     with contextlib.ExitStack() as stack:
@@ -207,6 +213,7 @@ def jacobi_generate(
             memory,
             attention,
             compiled,
+            most,
         )
         decoded = decode(session, prompt, config, chosen, on_commit=on_commit, **options)
 
@@ -508,6 +515,22 @@ def _check_lengths(
     return limit - 1
 
 
+def _check_that_rows_may_move(
+    most: int, processing: Processing, stopping: Stopping | None, keep_scores: bool, keep_logits: bool, **others
+) -> None:
+    """Checks that nobody outside knows rows by their number, where only ``most`` are decoded at once."""
+    given = {
+        "logits processors that look at more than scores and lengths": not processing.vectorised,
+        "stopping criteria besides EOS and length": stopping is not None,
+        "output_scores and output_logits": keep_scores or keep_logits,
+    }
+    for what in (name for name, is_given in given.items() if is_given):
+        raise NotImplementedError(
+            f"max_batch_size={most} decodes fewer rows than the batch has, and rows that wait take the places of others; "
+            f"{what} need all rows in place: pass max_batch_size=None"
+        )
+
+
 # On CUDA devices, shapes are rounded up to these, so that prompts of many lengths share a captured graph.
 _PROMPT_STEP, _OUTPUT_STEP = 128, 128
 # Graphs that a generator keeps with their caches, for batches of other sizes; the least recent goes first.
@@ -528,6 +551,7 @@ def _session(
     memory: dict | None,
     attention: str,
     compiled: Callable | None,
+    most: int,
 ) -> Session:
     """Buffers for this prompt, out of `memory` where an earlier call left them."""
     rows, width = input_ids.shape
@@ -550,7 +574,7 @@ def _session(
     key = None
     if kept:
         key = (
-            "session", rows, width + extra, output, len(eos), config.width, config.candidates, config.mode, config.refill,
+            "session", rows, most, width + extra, output, len(eos), config.width, config.candidates, config.mode, config.refill,
             processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
         )  # fmt: skip
         session = memory.pop(key, None)
@@ -563,7 +587,7 @@ def _session(
     state.lengths.set_(bounds[0])  # not a new state, whose fields would be checked again
     capacity = width + extra - 1 + output + config.candidates * config.width
     forward, cache = window_forward(model, attention, bounds, capacity, backend, compiled)
-    session = Session(forward, state, bounds, max_position, cache)
+    session = Session(forward, state, bounds, max_position, cache, most)
     if runs_on_device(device, config, processing) and _has_graphs_of_its_own(model, compiled):
         session.capturable = False
         warnings.warn(

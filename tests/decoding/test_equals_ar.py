@@ -58,11 +58,12 @@ _MODELS = {family: make_model(family, seed=7) for family in ("llama", "mistral",
     adaptive=st.booleans(),
     candidates=st.integers(1, 4),
     blocks=st.integers(1, 3),
+    max_batch_size=st.none() | st.integers(1, 4),
     max_new_tokens=st.integers(1, 30),
     eos=st.lists(st.integers(3, VOCABULARY - 1), min_size=0, max_size=12, unique=True),
 )
 def test_equals_generate_on_any_options(
-    family, rows, width, seed, block_size, mode, draft, adaptive, candidates, blocks, max_new_tokens, eos
+    family, rows, width, seed, block_size, mode, draft, adaptive, candidates, blocks, max_batch_size, max_new_tokens, eos
 ):
     """Many EOS ids make rows stop early, at different times and inside accepted runs."""
     model = _MODELS[family]
@@ -76,7 +77,10 @@ def test_equals_generate_on_any_options(
         mode = "window"
     if draft == "none":
         candidates = blocks = 1
-    generator = JacobiGenerator(model, JacobiConfig(block_size, mode, draft, candidates, blocks, adaptive, seed))
+    config = JacobiConfig(
+        block_size, mode, draft, candidates, blocks, adaptive, seed, max_batch_size=max_batch_size
+    )
+    generator = JacobiGenerator(model, config)
     assert torch.equal(generator.generate(**inputs, **options), expected)
     assert sum(generator.statistics.steps.values()) == generator.statistics.forwards
     for row in generator.statistics.rows:

@@ -1,9 +1,10 @@
-"""Rows that have ended leave the batch, and nothing that is kept by rows mixes them up."""
+"""Rows that have ended leave the batch, rows that wait take their places, and nothing that is kept by rows mixes them up."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def batches():
     )
     yield seen
     hook.remove()
+
+
+@pytest.fixture
+def sessions(monkeypatch):
+    """The sessions of all decodes."""
+    seen, decode = [], generate.decode
+    monkeypatch.setattr(generate, "decode", lambda session, *rest, **options: seen.append(session) or decode(
+        session, *rest, **options))  # fmt: skip
+    return seen
 
 
 @pytest.fixture
@@ -92,14 +102,61 @@ def test_outputs_stay_and_rows_leave(name, guesses, batches, planted):
         assert single.statistics.rows == (together,)
 
 
+@pytest.mark.parametrize("most", [1, 2, 4, 5])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_waiting_rows_take_the_places_of_others(name, most, batches, sessions):
+    config = JacobiConfig(block_size=6, seed=SEEDS, max_batch_size=most, **CONFIGS[name])
+    expected = MODEL.generate(**INPUTS, **OPTIONS)
+    generator = JacobiGenerator(MODEL, config)
+    batches.clear()
+    assert torch.equal(generator.generate(**INPUTS, **OPTIONS), expected)
+    run = generator.statistics
+    assert max(batches) == most and len(batches) == run.forwards
+    assert sum(batches) == run.iterations  # no forward has rows that have ended, or that wait
+    assert all(keys.shape[0] == values.shape[0] == most for keys, values in sessions[0].cache._buffers.values())
+    # the first group, then a group each time that half of the places are free, or enough for all who wait
+    least, largest = (math.ceil((ROWS - most) / places) for places in (most, (most + 1) // 2))
+    assert 0 < least <= run.prefill_forwards - 1 <= largest
+    assert run.prefill_seconds > 0 and run.decode_seconds > 0
+    if config.adapts:
+        return
+    for row, together in enumerate(run.rows):
+        single = JacobiGenerator(MODEL, JacobiConfig(block_size=6, seed=SEEDS[row : row + 1], **CONFIGS[name]))
+        single.generate(**alone(row), **OPTIONS)
+        assert single.statistics.rows == (together,)
+
+
+def test_padding_of_all_rows_that_get_their_prompts_is_not_read(batches):
+    """A short prompt beside long ones that have ended costs what it costs alone."""
+    inputs = {name: values[:2] for name, values in INPUTS.items()}
+    pads = (inputs["attention_mask"] == 0).sum(1)
+    widths = []
+    hook = MODEL.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    try:
+        for order in ([0, 1], [1, 0]):
+            widths.clear()
+            generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6, max_batch_size=1))
+            rows = {name: values[order] for name, values in inputs.items()}
+            got = generator.generate(**rows, **OPTIONS)
+            assert [width for width in widths if width > 6] == [WIDTH - 1 - int(pads[row]) + 6 for row in order]
+            assert torch.equal(got, MODEL.generate(**rows, **OPTIONS))
+    finally:
+        hook.remove()
+    assert pads.min() == 0 < pads.max()
+
+
+@pytest.mark.parametrize("most", [None, 1, 4])
 @pytest.mark.parametrize("name", ["context", "block", "lookup"])
-def test_trajectories_are_those_of_rows_that_left(name, batches):
-    config = JacobiConfig(block_size=6, seed=SEEDS, record_trajectory=True, **CONFIGS[name])
+def test_trajectories_are_those_of_rows_that_left(name, most, batches):
+    config = JacobiConfig(block_size=6, seed=SEEDS, record_trajectory=True, max_batch_size=most, **CONFIGS[name])
     together = JacobiGenerator(MODEL, config)
     together.generate(**INPUTS, **OPTIONS)
-    check_that_they_left(batches, together.statistics)
+    if most is None:
+        check_that_they_left(batches, together.statistics)
     for row, states in enumerate(together.trajectory):
-        single = JacobiGenerator(MODEL, dataclasses.replace(config, seed=SEEDS[row : row + 1]))
+        single = JacobiGenerator(MODEL, dataclasses.replace(config, seed=SEEDS[row : row + 1], max_batch_size=None))
         single.generate(**alone(row), **OPTIONS)
         assert single.trajectory == [states]
 
@@ -115,12 +172,13 @@ def test_choices_are_learnt_by_the_number_of_rows():
 
 
 @pytest.mark.parametrize("processors", [{}, dict(temperature=1.5), dict(top_k=20, top_p=0.9, min_new_tokens=2)], ids=str)
+@pytest.mark.parametrize("most", [None, 3])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_samples_stay_and_rows_leave(name, processors, batches):
+def test_samples_stay_and_rows_leave(name, most, processors, batches):
     options = OPTIONS | dict(do_sample=True, **dict(dict(top_k=0), **processors))
-    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=5, seed=SEEDS, **CONFIGS[name]))
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=5, seed=SEEDS, max_batch_size=most, **CONFIGS[name]))
     got = generator.generate(**INPUTS, **options)
-    assert batches[-1] < ROWS
+    assert max(batches) == (most or ROWS) and batches[-1] < ROWS
     assert sum(batches) == sum(row.iterations for row in generator.statistics.rows)
     ones = JacobiGenerator(MODEL, JacobiConfig(draft="none"))
     for row in range(ROWS):
@@ -143,13 +201,9 @@ def test_rows_stay_where_others_know_them_by_number(batches):
 @pytest.mark.parametrize("backend", ["cpp", "torch"])
 @pytest.mark.parametrize("candidates", [1, 3])
 @pytest.mark.parametrize("row", [0, 2, 5])
-def test_nan_logits_name_the_row_of_the_batch(row, candidates, backend, monkeypatch, planted):
+def test_nan_logits_name_the_row_of_the_batch(row, candidates, backend, sessions, planted):
     """Also where rows have left, and among candidates."""
     planted(torch.nn.functional.pad(MODEL.generate(**INPUTS, **OPTIONS | dict(eos_token_id=None)), (0, 90)))
-    sessions = []
-    decode = generate.decode
-    monkeypatch.setattr(generate, "decode", lambda session, *rest, **options: sessions.append(session) or decode(
-        session, *rest, **options))  # fmt: skip
     size, poisoned = 6, []
 
     def poison(module, args, output):
@@ -167,6 +221,47 @@ def test_nan_logits_name_the_row_of_the_batch(row, candidates, backend, monkeypa
     finally:
         hook.remove()
     assert len(poisoned) == 1 and poisoned[0] < ROWS
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_nan_logits_name_a_row_that_waited(backend):
+    """Row 4 waits until row 3 has ended, and stands before the others then."""
+    prompts = []
+
+    def poison(module, args, kwargs, output):
+        if kwargs["input_ids"].shape[1] > 6:
+            prompts.append(output.logits.shape[0])
+            if len(prompts) == 2:
+                output.logits[0, 2, 5] = float("nan")
+
+    hook = MODEL.register_forward_hook(poison, with_kwargs=True)
+    try:
+        with pytest.raises(ValueError, match="logits of row 4 at window position 2 hold NaN"):
+            config = JacobiConfig(block_size=6, draft="lookup", max_batch_size=4, backend=backend)
+            JacobiGenerator(MODEL, config).generate(**INPUTS, **OPTIONS)
+    finally:
+        hook.remove()
+    assert prompts[0] == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (dict(repetition_penalty=1.1), "logits processors"),
+        (dict(max_time=60.0), "stopping criteria"),
+        (dict(output_scores=True, return_dict_in_generate=True), "output_scores"),
+        (dict(output_logits=True, return_dict_in_generate=True), "output_logits"),
+    ],
+    ids=str,
+)
+def test_rows_do_not_wait_where_others_know_them_by_number(options, what, batches):
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6, max_batch_size=4))
+    with pytest.raises(NotImplementedError, match=f"max_batch_size=4 .*{what}.* pass max_batch_size=None"):
+        generator.generate(**INPUTS, **OPTIONS, **options)
+    assert not batches
+    few = {name: values[:4] for name, values in INPUTS.items()}
+    generator.generate(**few, **OPTIONS, **options)
+    assert set(batches) == {4}
 
 
 def test_branches_of_the_first_rows():

@@ -206,6 +206,23 @@ def test_where_the_host_comes_between_an_iteration_is_a_graph(rows, config, laun
         launches.clear()
 
 
+@pytest.mark.parametrize("config", [{}, dict(draft="lookup")], ids=str)
+def test_waiting_rows_take_places_between_graphs(config, launches):
+    """Graphs of one iteration each, kept for the next prompts."""
+    options = dict(do_sample=False, max_new_tokens=40, eos_token_id=[EOS, *range(3, 6)])
+    generator = JacobiGenerator(MODEL, JacobiConfig(6, max_batch_size=3, **config))
+    for seed in range(2):
+        inputs = make_prompts(8, seed=seed)
+        assert torch.equal(generator.generate(**inputs, **options), MODEL.generate(**inputs, **options))
+        run = generator.statistics
+        assert run.prefill_forwards > 2
+        assert len(launches) == run.forwards - run.prefill_forwards - (2 if seed == 0 else 0)
+        assert set(launches) == {1} and launches.captures == 1
+        launches.clear()
+    generator.generate(**inputs, **options, max_batch_size=4)
+    assert launches.captures == 2  # other shapes
+
+
 def test_streaming_gets_every_token_once(launches):
     inputs = make_prompts(1)
     commits = []

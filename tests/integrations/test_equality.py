@@ -42,6 +42,7 @@ case = st.fixed_dictionaries(
         adaptive=st.booleans(),
         candidates=st.sampled_from([1, 2, 2, 3, 4]),
         blocks=st.sampled_from([1, 1, 1, 2, 3]),
+        max_batch_size=st.sampled_from([None, None, 1, 3, 5]),
         backend=st.sampled_from(BACKENDS),
         max_new_tokens=st.integers(1, 14),
         eos=st.lists(st.integers(3, VOCABULARY - 1), max_size=6, unique=True).map(tuple),
@@ -62,6 +63,8 @@ def check(case, chosen):
     options |= dict(do_sample=True) | WARPERS[case["warpers"]] if sampling else dict(do_sample=False)
     names = ("block_size", "mode", "draft", "adaptive", "candidates", "blocks", "backend", "seed")
     config = {name: case[name] for name in names}
+    if case["processors"] == "none" and case["warpers"] != "all":  # others may know rows by number
+        config["max_batch_size"] = case["max_batch_size"]
     if case["adaptive"] or case["draft"] == "auto" or case["blocks"] > 1:
         config["mode"] = "window"
     alone = JacobiConfig(draft="none", seed=case["seed"])

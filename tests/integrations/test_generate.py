@@ -200,6 +200,8 @@ REFUSED = {
     "adaptive text": ({"adaptive": "yes"}, ValueError, "adaptive is 'yes'"),
     "graph text": ({"cuda_graph": "yes"}, ValueError, "cuda_graph is 'yes'"),
     "no candidates": ({"candidates": 0}, ValueError, "candidates is 0"),
+    "no rows": ({"max_batch_size": 0}, ValueError, "max_batch_size is 0; it must be an integer of at least 1"),
+    "half a row": ({"max_batch_size": 0.5}, ValueError, "max_batch_size is 0.5"),
     "candidates text": ({"candidates": "2"}, ValueError, "candidates is '2'"),
     "candidates of one token": ({"candidates": 2, "draft": "none"}, ValueError, "needs candidates=1"),
     "candidates in a trajectory": ({"candidates": 2, "record_trajectory": True}, ValueError, "record_trajectory=False"),
