@@ -21,7 +21,7 @@ from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, window_linear, window_mlp, window_qkv
 from ..ops._library import FLOAT_DTYPES
-from ..ops.window_linear import DTYPES, LAYER_ROWS, fast_rows
+from ..ops.window_linear import DTYPES, fast_rows
 from .attention import from_mask, has_hooks, submodules
 from .gpu_layers import GpuLayer, run_layers
 
@@ -219,7 +219,14 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
         cos, sin = angles
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
-        q, k, v = _in_parts(into_heads, hidden_states, cos, sin)
+        q, k, v = window_qkv(
+            hidden_states, first._parameters["weight"], first.variance_epsilon,
+            query["weight"], key["weight"], value["weight"], cos, sin, query["bias"], key["bias"], value["bias"],
+            None if query_norm is None else query_norm._parameters["weight"],
+            None if key_norm is None else key_norm._parameters["weight"],
+            0.0 if query_norm is None else query_norm.variance_epsilon,
+            "cpp",
+        )  # fmt: skip
         if packing is not None:
             q, k, v = map(packing.unpack, (q, k, v))
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
@@ -234,32 +241,16 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
         attended = attended.flatten(2)
         if packing is not None and keep is None:
             attended = packing.pack(attended)
-        (hidden_states,) = _in_parts(out_of_heads, hidden_states, attended)
-        return hidden_states
-
-    def into_heads(x, cos, sin):
-        return window_qkv(
-            x, first._parameters["weight"], first.variance_epsilon,
-            query["weight"], key["weight"], value["weight"], cos, sin, query["bias"], key["bias"], value["bias"],
-            None if query_norm is None else query_norm._parameters["weight"],
-            None if key_norm is None else key_norm._parameters["weight"],
-            0.0 if query_norm is None else query_norm.variance_epsilon,
-            "cpp",
-        )  # fmt: skip
-
-    def out_of_heads(x, attended):
-        return (
-            window_mlp(
-                x, attended, output["weight"], second._parameters["weight"],
-                second.variance_epsilon, gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
-            ),
+        return window_mlp(
+            hidden_states, attended, output["weight"], second._parameters["weight"], second.variance_epsilon,
+            gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
         )  # fmt: skip
 
     return run
 
 
 def _most_rows(dtype: torch.dtype) -> float:
-    """How many rows a decoder layer takes; more than the ops take go in parts.
+    """How many rows a decoder layer takes.
 
     With AVX2, AVX-512, with and without bfloat16, and AMX it was measured to be faster than torch's at every number of
     rows. Other CPUs were not measured, and oneDNN multiplies bfloat16 much faster where it alone uses AMX; there a layer
@@ -302,16 +293,6 @@ def _packing(mask: torch.Tensor, width: int, keep: int) -> _Packing | None:
     lengths, starts, _ = from_mask(mask)
     firsts = (starts - lengths).clamp(min=0)
     return _Packing(firsts, width) if 0 < firsts.max() <= width - keep else None
-
-
-def _in_parts(call: Callable, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The outputs of an op on inputs ``[B, n, ...]`` that treats rows alike, by as many of these as it takes at once."""
-    batch, width = inputs[0].shape[:2]
-    if batch * width <= LAYER_ROWS:
-        return call(*inputs)
-    parts = zip(*(tensor.flatten(0, 1)[None].split(LAYER_ROWS, 1) for tensor in inputs), strict=True)
-    outputs = zip(*(call(*part) for part in parts), strict=True)
-    return tuple(torch.cat(parts, 1).view(batch, width, *parts[0].shape[2:]) for parts in outputs)
 
 
 def _swapped_decoder(model: nn.Module, backend: str) -> Callable:

@@ -9,7 +9,7 @@ from .. import backends
 from ._library import check_rank, check_same, check_shape, register
 from .block_attention import DTYPE_CODES
 from .window_linear import (
-    DTYPES, LAYER_ROWS, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
+    DTYPES, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
 )  # fmt: skip
 from .rms_norm import reference as rms_norm_reference
 
@@ -30,7 +30,7 @@ def window_mlp(
 
     ``h = x + attended outputᵀ + output_bias`` and ``h + (silu(m gateᵀ) * (m upᵀ)) downᵀ`` with m = RMSNorm(h).
 
-    x [B, n, H], the layer's input, with B * n at most `window_linear.LAYER_ROWS`; attended [B, n, A]; output [H, A]; norm [H]
+    x [B, n, H], the layer's input; attended [B, n, A]; output [H, A]; norm [H]
     with eps as in `window_qkv`; gate and up [I, H]; down [H, I]; all of one dtype (float32, bfloat16), matrices as in
     `window_linear`. Returns [B, n, H], contiguous. Each row depends on its own rows alone, as in `window_linear`. In
     bfloat16, every step is rounded, as by a module of transformers.
@@ -48,7 +48,7 @@ def _fits(x, attended, output, norm, gate, up, down, output_bias) -> bool:
     batch, width, hidden = shape
     inputs, inner = attended.shape[-1], gate.shape[0]
     return (
-        1 <= batch * width <= LAYER_ROWS
+        batch * width >= 1
         and hidden >= 1 <= inputs
         and fits(attended, (batch, width, inputs), dtype)
         and fits(norm, (hidden,), dtype)

@@ -9,7 +9,7 @@ from ._library import check_same, check_shape, register
 from .block_attention import DTYPE_CODES
 from .rms_norm import reference as rms_norm_reference
 from .window_linear import (
-    DTYPES, LAYER_ROWS, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
+    DTYPES, check_layer, check_rows, fits, layer_arguments, layer_fits, linear_reference, resolve_cpu,
 )  # fmt: skip
 
 
@@ -32,7 +32,7 @@ def window_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMSNorm, the projections to queries, keys and values, and the rotary embedding, for a window on the CPU.
 
-    x [B, n, H] with B * n at most `window_linear.LAYER_ROWS`; norm [H], the weight of the RMSNorm, which adds eps to the mean
+    x [B, n, H]; norm [H], the weight of the RMSNorm, which adds eps to the mean
     of squares; query [Hq * D, H], key and value [Hkv * D, H] and biases, as in `window_linear`; query_norm and
     key_norm [D], weights of RMSNorms of each head with head_eps, or None; cos and sin [B, n, D], D even: a head
     (a, b) of two halves becomes (a cos - b sin, b cos + a sin), as transformers' `rotate_half` has it. All of one dtype
@@ -58,7 +58,7 @@ def _fits(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias
     batch, width, hidden = shape
     dim, queries, keys = cos.shape[-1], query.shape[0], key.shape[0]
     return (
-        1 <= batch * width <= LAYER_ROWS
+        batch * width >= 1
         and hidden >= 1
         and dim >= 2
         and dim % 2 == queries % dim == keys % dim == 0

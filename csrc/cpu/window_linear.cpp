@@ -26,6 +26,9 @@ constexpr int64_t tasks_per_thread = 8;
 // enough for the L2 cache, and enough that starting a search costs nothing.
 constexpr int64_t head_bytes = 256 << 10, head_outputs = 480;
 
+// Rows for which the results between the linear layers of a decoder layer are held.
+constexpr int64_t held_rows = 512;
+
 thread_local Scratch scratch;
 
 int64_t work_of(const LinearParams& p) { return p.outputs * p.inputs * std::max(p.rows, memory_rows); }
@@ -40,6 +43,32 @@ int64_t outputs_per_task(int64_t outputs, int64_t multiple, int team) {
 
 LinearParams layer(const LinearWeights& w, const void* x, int64_t inputs, void* out, int64_t rows, DType dtype) {
   return {x, w.weight, w.bias, out, inputs * element_size(dtype), w.stride, w.outputs, rows, inputs, w.outputs, dtype};
+}
+
+const void* row_at(const void* x, int64_t row, int64_t width, DType dtype) {
+  return static_cast<const char*>(x) + row * width * element_size(dtype);
+}
+void* row_at(void* x, int64_t row, int64_t width, DType dtype) {
+  return static_cast<char*>(x) + row * width * element_size(dtype);
+}
+
+QkvParams rows_of(QkvParams p, int64_t row, int64_t count) {
+  p.x = row_at(p.x, row, p.hidden, p.dtype);
+  p.cos = row_at(p.cos, row, p.dim, p.dtype);
+  p.sin = row_at(p.sin, row, p.dim, p.dtype);
+  p.query_out = row_at(p.query_out, row, p.query.outputs, p.dtype);
+  p.key_out = row_at(p.key_out, row, p.key.outputs, p.dtype);
+  p.value_out = row_at(p.value_out, row, p.value.outputs, p.dtype);
+  p.rows = count;
+  return p;
+}
+
+MlpParams rows_of(MlpParams p, int64_t row, int64_t count) {
+  p.x = row_at(p.x, row, p.hidden, p.dtype);
+  p.attended = row_at(p.attended, row, p.inputs, p.dtype);
+  p.out = row_at(p.out, row, p.hidden, p.dtype);
+  p.rows = count;
+  return p;
 }
 
 // x as the kernel reads it: where it lies, or in memory of its own, written by groups of rows.
@@ -222,7 +251,10 @@ void lm_head_argmax(const HeadParams& p, int threads) {
   }
 }
 
-void qkv(const QkvParams& p, int threads) {
+namespace {
+
+// At most `held_rows` rows.
+void qkv_rows(const QkvParams& p, int threads) {
   const Kernels& run = kernels();
   const int64_t item = element_size(p.dtype), row_bytes = p.hidden * item;
   Pieces pieces;
@@ -275,7 +307,7 @@ void qkv(const QkvParams& p, int threads) {
   }
 }
 
-void mlp(const MlpParams& p, int threads) {
+void mlp_rows(const MlpParams& p, int threads) {
   const Kernels& run = kernels();
   const int64_t item = element_size(p.dtype), row_bytes = p.hidden * item, inner = p.gate.outputs;
   const auto sizes = [&](const LinearWeights& w, int64_t inputs) {
@@ -332,5 +364,18 @@ void mlp(const MlpParams& p, int threads) {
       run.add(out + row * row_bytes, sum + row * row_bytes, p.hidden, out + row * row_bytes, p.dtype);
   }
 }
+
+// p.rows rows, by as many as are held at once.
+template <class Params>
+void in_parts(const Params& p, int threads, void (*run)(const Params&, int)) {
+  for (int64_t row = 0; row < p.rows; row += held_rows)
+    run(rows_of(p, row, std::min(held_rows, p.rows - row)), threads);
+}
+
+}  // namespace
+
+void qkv(const QkvParams& p, int threads) { in_parts(p, threads, qkv_rows); }
+
+void mlp(const MlpParams& p, int threads) { in_parts(p, threads, mlp_rows); }
 
 }  // namespace cllm::cpu
