@@ -27,6 +27,7 @@ class JacobiCache(Cache):
 
     Attributes:
         keep: for how many of the last positions of the next forward its outputs are asked for; None for all.
+        angles: cos and sin ``[1, capacity, D]`` of every position, where a model's rotary embedding is asked for them once.
     """
 
     def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto", zeros: bool = False):
@@ -36,6 +37,7 @@ class JacobiCache(Cache):
         self.backend = backend
         self.zeros = zeros
         self.keep: int | None = None
+        self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(

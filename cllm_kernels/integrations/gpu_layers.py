@@ -85,13 +85,13 @@ def add_norm(
     return add_rms_norm(hidden, delta, norm._parameters["weight"], norm.variance_epsilon, backend)
 
 
-def run_layers(
-    model: nn.Module, hidden: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor], cache: JacobiCache, **options
-) -> torch.Tensor:
+def run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, **options) -> torch.Tensor:
     """All layers of a decoder, each swapped, and its norm; each addition in one launch with the norm behind it.
 
     options: keyword arguments of every layer, for the case that one has hooks.
     """
+    hidden = model.embed_tokens(input_ids)
+    angles = model.rotary_emb(hidden, position_ids=options["position_ids"])
     layers = list(model.layers)[: model.config.num_hidden_layers]
     if any(has_hooks(layer) or not layer.forward.takes(hidden, cache) for layer in layers):
         for layer in layers:

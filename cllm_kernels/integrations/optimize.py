@@ -161,6 +161,10 @@ def _device(layer: nn.Module) -> torch.device:
     return layer.input_layernorm.weight.device
 
 
+# Kinds of rotary embeddings that give each position the same angles whatever the others are.
+_FIXED_ANGLES = {"default", "linear", "llama3", "yarn"}
+
+
 def _swapped_linear(module: nn.Linear) -> Callable:
     parameters = module._parameters  # read anew in each call, lest a weight that was replaced stay in use
 
@@ -269,7 +273,10 @@ class _Packing:
 
     def __init__(self, firsts: torch.Tensor, width: int):
         self.shape = (firsts.shape[0], width)
-        self.places = (torch.arange(width) >= firsts[:, None]).flatten().nonzero()[:, 0]
+        tokens = (torch.arange(width) >= firsts[:, None]).flatten()
+        self.places = tokens.nonzero()[:, 0]
+        # which token stands in each place; in those of padding, the one before
+        self.sources = (tokens.cumsum(0) - 1).clamp_(min=0)
         self.ends = (width - firsts).cumsum(0)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
@@ -277,9 +284,8 @@ class _Packing:
         return x.flatten(0, 1).index_select(0, self.places)[None]
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """``[1, T, ...]`` to ``[B, n, ...]``, where padding holds anything."""
-        whole = x.new_empty(math.prod(self.shape), *x.shape[2:])
-        return whole.index_copy_(0, self.places, x[0]).view(*self.shape, *x.shape[2:])
+        """``[1, T, ...]`` to ``[B, n, ...]``, where padding holds what some token has."""
+        return x[0].index_select(0, self.sources).view(*self.shape, *x.shape[2:])
 
     def last(self, x: torch.Tensor, count: int) -> torch.Tensor:
         """``[1, T, ...]`` to the last ``count`` tokens of each row, ``[B, count, ...]``."""
@@ -309,35 +315,50 @@ def _swapped_decoder(model: nn.Module, backend: str) -> Callable:
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                 inputs_embeds=inputs_embeds, use_cache=use_cache, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
-        hidden = model.embed_tokens(input_ids)
-        angles = model.rotary_emb(hidden, position_ids=position_ids)
         hidden = run(
-            model, hidden, angles, cache, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
+            model, input_ids, cache, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
 
     return forward
 
 
-def _run_layers(model: nn.Module, hidden, angles, cache: JacobiCache, **options) -> torch.Tensor:
+def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, **options) -> torch.Tensor:
     """All layers of a decoder, each swapped, and its norm, on the CPU: of the last layer what is asked for, and without
     the padding of prompts."""
     *layers, last = all_layers = list(model.layers)[: model.config.num_hidden_layers]
-    mask, width = options["attention_mask"], hidden.shape[1]
-    keep, packing = cache.keep, None
+    width, keep, packing = input_ids.shape[1], cache.keep, None
     if keep is not None and (keep >= width or any(map(has_hooks, (model, last, model.norm)))):
         keep = None
-    if keep is not None and not any(has_hooks(layer) or not layer.forward.takes(hidden, cache) for layer in all_layers):
-        packing = _packing(mask, width, keep)
-    if packing is not None:
-        hidden, *angles = (packing.pack(x.expand(hidden.shape[0], -1, -1)) for x in (hidden, *angles))
-        options["packing"] = packing
+    if keep is not None and not any(map(has_hooks, (model.embed_tokens, *all_layers))):
+        packing = _packing(options["attention_mask"], width, keep)
+    hidden = model.embed_tokens(input_ids if packing is None else packing.pack(input_ids))
+    if packing is not None and not all(layer.forward.takes(hidden, cache) for layer in all_layers):
+        hidden, packing = packing.unpack(hidden), None
+    angles = _angles(model.rotary_emb, hidden, cache, options["position_ids"], packing)
     options |= {"position_embeddings": angles, CACHE_NAME: cache}
+    if packing is not None:
+        options["packing"] = packing
     for layer in layers:
         hidden = layer(hidden, **options)
     if keep is not None:
         options["keep"] = keep
     return model.norm(last(hidden, **options))
+
+
+def _angles(
+    rotary: nn.Module, hidden: torch.Tensor, cache: JacobiCache, positions: torch.Tensor, packing: _Packing | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the rotary embedding of a decoder gives for positions ``[B, n]``, without their padding if that is left out."""
+    if packing is not None:
+        positions = packing.pack(positions.expand(packing.shape))
+    fixed = getattr(rotary, "rope_type", None) in _FIXED_ANGLES and "forward" not in rotary.__dict__
+    if not fixed or has_hooks(rotary):
+        return rotary(hidden, position_ids=positions)
+    if cache.angles is None:
+        cache.angles = rotary(hidden, position_ids=torch.arange(cache.capacity)[None])
+    shape = *positions.shape, -1
+    return tuple(table[0].index_select(0, positions.flatten()).view(shape) for table in cache.angles)
 
 
 def _linear_reason(module: nn.Linear, backend: str) -> str | None:
