@@ -85,6 +85,17 @@ def add_norm(
     return add_rms_norm(hidden, delta, norm._parameters["weight"], norm.variance_epsilon, backend)
 
 
+def is_known(norm: nn.Module, other: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the ops compute what a norm does with x: it is of the class of a layer's, as that has it."""
+    return (
+        type(norm) is type(other)
+        and "forward" not in norm.__dict__
+        and not has_hooks(norm)
+        and norm.weight.dtype == x.dtype
+        and norm.weight.device == x.device
+    )
+
+
 def run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, **options) -> torch.Tensor:
     """All layers of a decoder, each swapped, and its norm; each addition in one launch with the norm behind it.
 
@@ -100,7 +111,7 @@ def run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, **
     delta = None
     for layer in layers:
         hidden, delta = layer.forward.run.summands(hidden, delta, options["attention_mask"], angles, cache)
-    norm, known = model.norm, layers[0].input_layernorm
-    if type(norm) is not type(known) or "forward" in norm.__dict__ or has_hooks(norm) or norm.weight.dtype != hidden.dtype:
+    norm = model.norm
+    if not is_known(norm, layers[0].input_layernorm, hidden):
         return norm(hidden + delta)
     return add_norm(hidden, delta, norm, layers[0].forward.run.between)[1]

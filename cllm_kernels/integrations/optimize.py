@@ -19,11 +19,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .. import backends
 from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
-from ..ops import block_attention, window_linear, window_mlp, window_qkv
+from ..ops import block_attention, rms_norm, window_linear, window_mlp, window_qkv
 from ..ops._library import FLOAT_DTYPES
 from ..ops.window_linear import DTYPES, fast_rows
 from .attention import from_mask, has_hooks, submodules
-from .gpu_layers import GpuLayer, run_layers
+from .gpu_layers import GpuLayer, is_known, run_layers
 
 # Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
 # each keeps its sliding window.
@@ -343,7 +343,10 @@ def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, *
         hidden = layer(hidden, **options)
     if keep is not None:
         options["keep"] = keep
-    return model.norm(last(hidden, **options))
+    hidden, norm = last(hidden, **options), model.norm
+    if not (is_known(norm, last.input_layernorm, hidden) and last.forward.takes(hidden, cache)):
+        return norm(hidden)
+    return rms_norm(hidden, norm._parameters["weight"], norm.variance_epsilon, "cpp")
 
 
 def _angles(

@@ -1,4 +1,4 @@
-"""RMSNorm, with the addition before it, on a GPU."""
+"""RMSNorm, with the addition before it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from .. import backends
 from ._library import check_float, check_same, check_shape, register
+from .block_attention import DTYPE_CODES
 
 # Elements of a row at most: one block holds a row in its registers.
 MAX_SIZE = 1 << 15
@@ -18,8 +19,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "
     bits the sum is taken in float32, and the quotient is rounded before it is multiplied. Returns [..., H], contiguous.
     RMSNorm: Zhang and Sennrich, 2019, arXiv:1910.07467.
 
-    For inference: gradients are not defined. Backends are "triton" and "torch", the reference. Raises ValueError on shapes,
-    dtypes or devices that do not fit, and RuntimeError on a backend that cannot run.
+    For inference: gradients are not defined. Backends are "triton", "cpp" for float32 and bfloat16, and "torch", the
+    reference. Raises ValueError on shapes, dtypes or devices that do not fit, and RuntimeError on a backend that cannot run.
     """
     return _norm(x, weight, eps, backend)
 
@@ -27,7 +28,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x + delta``, rounded to their dtype, and what :func:`rms_norm` makes of it; delta is like x. Raises as that does."""
+    """``x + delta``, rounded to their dtype, and what :func:`rms_norm` makes of it; delta is like x. There is no "cpp". Raises as that
+    does."""
     return _add_norm(x, delta, weight, eps, backend)
 
 
@@ -56,9 +58,19 @@ def _run(x, delta, weight, eps):
 
 def _norm_implementation(x, weight, eps, backend="auto") -> torch.Tensor:
     _check(x, weight)
-    if backends.resolve(backend, x.device, kernels=("triton",)) == "torch":
+    kernels = ("triton",) if x.dtype == torch.float16 else ("cpp", "triton")
+    backend = backends.resolve(backend, x.device, kernels=kernels)
+    if backend == "torch":
         return reference(x, weight, eps)
-    return _run(x, None, weight, eps)[1]
+    if backend == "triton":
+        return _run(x, None, weight, eps)[1]
+    x, weight = x.contiguous(), weight.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    backends.EXTENSION.rms_norm(
+        x.data_ptr(), weight.data_ptr(), eps, out.data_ptr(), x.numel() // width, width, DTYPE_CODES[x.dtype]
+    )
+    return out
 
 
 def _add_norm_implementation(x, delta, weight, eps, backend="auto") -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,6 +88,11 @@ void mlp(uintptr_t x, uintptr_t attended, const Layer& output, uintptr_t norm, f
            threads);
 }
 
+void rms_norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int64_t rows, int64_t width, int dtype) {
+  cpu::rms_norm(pointer<const void>(x), pointer<const void>(weight), eps, pointer<void>(out), rows, width,
+                static_cast<DType>(dtype));
+}
+
 void converge(uintptr_t logits, int64_t row_stride, int64_t position_stride, int dtype, const StateFields& fields,
               int64_t rows, int64_t width, int64_t vocabulary, int64_t capacity, int64_t context_width,
               int64_t eos_count, int mode, int refill, float inverse_temperature, int threads) {
@@ -139,6 +144,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("context_drafts", &context_drafts, unlocked());
   module.def("qkv", &qkv, unlocked());
   module.def("mlp", &mlp, unlocked());
+  module.def("rms_norm", &rms_norm, unlocked());
   module.def("converge", &converge, unlocked());
   module.def("state_fields", &state_fields, "Fields of JacobiState that were compiled in: (name, dtype, shape).");
   module.def("build_info", &build_info, "How this module was built.");

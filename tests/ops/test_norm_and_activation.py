@@ -1,10 +1,14 @@
-"""rms_norm, add_rms_norm and silu_mul against transformers' modules and float64, in Triton's interpreter and PyTorch."""
+"""rms_norm, add_rms_norm and silu_mul against transformers' modules and float64, in Triton's interpreter and PyTorch; and
+rms_norm in C++."""
+
+import functools
 
 import pytest
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from cllm_kernels import backends
 from cllm_kernels.ops import add_rms_norm, rms_norm, silu_mul
 from cllm_kernels.ops.rms_norm import MAX_SIZE
 
@@ -43,6 +47,20 @@ def test_norm(shape, dtype, backend):
         assert torch.equal(got, module(x))
     elif dtype != torch.float32 and x.numel():  # another order of the sum seldom shows
         assert (got == module(x)).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("isa", backends.EXTENSION.cpu_isas())
+def test_norm_in_cpp(isa, shape, dtype, request):
+    request.addfinalizer(functools.partial(backends.EXTENSION.select_cpu_isa, backends.EXTENSION.cpu_isa()))
+    backends.EXTENSION.select_cpu_isa(isa)
+    torch.manual_seed(len(shape))
+    x, weight = 3 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype), torch.randn(shape[-1]).to(dtype)
+    x = x[..., : shape[-1]]  # not contiguous
+    got = rms_norm(x, weight, 1e-5, "cpp")
+    assert got.shape == x.shape and got.is_contiguous() and torch.equal(got, rms_norm(x, weight, 1e-5))
+    assert_near(got, exact_norm(x, weight, 1e-5), dtype, 2)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -108,7 +126,9 @@ def test_bad_input(message):
 
 def test_a_backend_without_such_a_kernel():
     with pytest.raises(RuntimeError, match="no such kernel; allowed are 'auto', 'triton', 'torch'"):
-        rms_norm(torch.zeros(2, 4), torch.ones(4), 1e-5, "cpp")
+        rms_norm(torch.zeros(2, 4).half(), torch.ones(4).half(), 1e-5, "cpp")
+    with pytest.raises(RuntimeError, match="no such kernel; allowed are 'auto', 'triton', 'torch'"):
+        add_rms_norm(torch.zeros(2, 4), torch.zeros(2, 4), torch.ones(4), 1e-5, "cpp")
 
 
 def test_opcheck(backend):
