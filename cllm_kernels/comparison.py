@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -104,22 +106,40 @@ def take_turns(
     """Seconds and results of each function on each input, ``rounds`` times: ``[function][input][round]``.
 
     The functions take turns on each input, so that a busy machine slows them alike. Each first runs on the first input,
-    which is not counted.
+    which is not counted. Garbage is collected before each input, and not while a function runs, as by `timeit`: a full
+    collection takes as long as decoding several short outputs.
     """
     for run in runs:
         run(inputs[0])
     found: list[list[list[tuple[float, Result]]]] = [[] for _ in runs]
-    for one in progress(inputs):
-        for own in found:
-            own.append([])
-        for _ in range(rounds):
-            for run, own in zip(runs, found, strict=True):
-                _wait(device)
-                begin = time.perf_counter()
-                result = run(one)
-                _wait(device)
-                own[-1].append((time.perf_counter() - begin, result))
+    with _no_collections():
+        for one in progress(inputs):
+            gc.collect()
+            for own in found:
+                own.append([])
+            for _ in range(rounds):
+                for run, own in zip(runs, found, strict=True):
+                    _wait(device)
+                    begin = time.perf_counter()
+                    result = run(one)
+                    _wait(device)
+                    own[-1].append((time.perf_counter() - begin, result))
     return found
+
+
+@contextlib.contextmanager
+def _no_collections() -> Iterator[None]:
+    """Garbage is collected where the caller says so, among what was made since."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if collects:
+            gc.enable()
 
 
 def _wait(device: torch.device) -> None:

@@ -146,6 +146,9 @@ def bench(
         str | None, typer.Option("--draft", "--draft-model", help="Checkpoint for transformers' assisted generation.")
     ] = None,
     compiled: Annotated[bool, typer.Option(help="Measure transformers' compiled AR too.")] = True,
+    max_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Decode larger batches by so many rows at once, too.")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
@@ -163,7 +166,7 @@ def bench(
     try:
         rows = _bench.run(
             chosen, workload, data, prompts, batch or [1], block_size or [16], max_new_tokens, rounds, draft_model,
-            compiled, device, getattr(torch, dtype), console,
+            compiled, max_batch_size, device, getattr(torch, dtype), console,
         )  # fmt: skip
     except (OSError, ValueError, NotImplementedError) as error:
         _fail(error)

@@ -88,9 +88,16 @@ def _jacobi(config: JacobiConfig) -> Callable[[PreTrainedModel, int], Run]:
     return make
 
 
-def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | None, compiled: bool) -> list[Method]:
+def methods(
+    block_sizes: list[int],
+    batch: int,
+    draft_model: PreTrainedModel | None,
+    compiled: bool,
+    max_batch_size: int | None = None,
+) -> list[Method]:
     """The baselines, then Jacobi decoding in each mode and with each draft source; the first one is what others are
-    compared with. All of ours but one run `optimize` on the CPU. Prompt lookup and assisted generation of transformers take one row only."""
+    compared with. All of ours but one run `optimize` on the CPU. Prompt lookup and assisted generation of transformers
+    take one row only. Of larger batches, drafts from the lookup are also decoded by ``max_batch_size`` rows at once."""
     found = [Method("hf_ar", _hf())]
     if compiled:
         found.append(Method("hf_ar_compiled", _hf_compiled))
@@ -105,6 +112,9 @@ def methods(block_sizes: list[int], batch: int, draft_model: PreTrainedModel | N
         found.append(_named("jacobi_adaptive", JacobiConfig(size, adaptive=True)))
         found.append(_named("jacobi_block", JacobiConfig(size, "block")))
         found.append(_named("jacobi_lookup", JacobiConfig(size, draft="lookup")))
+        if max_batch_size is not None and max_batch_size < batch:
+            config = JacobiConfig(size, draft="lookup", max_batch_size=max_batch_size)
+            found.append(_named(f"jacobi_lookup, {max_batch_size} rows at once", config))
         found.append(_named("jacobi_candidates", JacobiConfig(size, candidates=2)))
         found.append(_named("jacobi_auto", JacobiConfig(size, draft="auto")))
         found.append(_named("jacobi_auto_candidates", JacobiConfig(size, draft="auto", candidates=2)))
@@ -142,6 +152,7 @@ def run(
     rounds: int,
     draft: str | None,
     compiled: bool,
+    max_batch_size: int | None,
     device: str,
     dtype: torch.dtype,
     console: Console,
@@ -155,8 +166,8 @@ def run(
         entries = read_workload(workload, data, prompts)
         for batch in batches:
             measured = _measure(
-                model, tokenizer, entries, methods(block_sizes, batch, draft_model, compiled), batch, max_new_tokens,
-                rounds, console, f"{name}, batch {batch}",
+                model, tokenizer, entries, methods(block_sizes, batch, draft_model, compiled, max_batch_size), batch,
+                max_new_tokens, rounds, console, f"{name}, batch {batch}",
             )  # fmt: skip
             rows += [{"model": name, "workload": workload} | row for row in measured]
     return rows
@@ -228,7 +239,7 @@ def _measure(
         sequences = len(flat[index])
         decoding = sum(seconds[index]) - sum(prefills[index])
         if counts:
-            prefill_tokens, forwards = sum(c.prefill_tokens for c in counts), sum(c.forwards - 1 for c in counts)
+            prefill_tokens, forwards = sum(c.prefill_tokens for c in counts), sum(c.forwards - c.prefill_forwards for c in counts)
         else:  # a token in the first forward, and, where nothing drafts, one in each of the others
             prefill_tokens = sequences
             drafts = method.name not in ("hf_ar", "hf_ar_compiled")

@@ -45,12 +45,12 @@ class LoneToken:
 
 
 class _Row:
-    """Tokens of one row, with the places behind each n-gram."""
+    """Tokens of one row, and where its n-grams occurred in them or in rejected predictions."""
 
     def __init__(self, tokens: list[int], lone: LoneToken):
         self.lone = lone
         self.tokens: list[int] = []
-        self.places: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        self.text = ""  # a character for each token: strings are searched much faster than an index of n-grams is made
         # rejected predictions, with the place in them behind each n-gram
         self.recycled: dict[tuple[int, ...], list[tuple[list[int], int]]] = defaultdict(list)
         # what followed the last token before, and what the window has for the next one; None where either is missing
@@ -58,14 +58,8 @@ class _Row:
         self.extend(tokens)
 
     def extend(self, tokens: list[int]) -> None:
-        old = len(self.tokens)
         self.tokens += tokens
-        for size in (*SIZES, 1):
-            # The n-grams that something follows only now; the one at the end waits, so that a suffix never finds itself.
-            first = max(old - size, 0)
-            shifted = (self.tokens[first + shift : -1] for shift in range(size))
-            for place, gram in enumerate(zip(*shifted, strict=False), first + size):
-                self.places[gram].append(place)
+        self.text += "".join(map(chr, tokens))
 
     def recycle(self, predictions: list[int]) -> None:
         for end in range(RECYCLED, len(predictions)):
@@ -95,7 +89,7 @@ class _Row:
 
     def _behind(self, size: int, count: int) -> Iterator[list[int]]:
         """What followed the last ``size`` tokens, the latest place first."""
-        for place in itertools.islice(reversed(self.places.get(tuple(self.tokens[-size:]), ())), _PLACES):
+        for place in self._places(size):
             tokens = self.tokens[place : place + count]
             # A repetition whose end is not known yet goes on as it began.
             period = len(self.tokens) - place
@@ -103,10 +97,20 @@ class _Row:
                 tokens.append(tokens[len(tokens) - period])
             yield tokens
 
+    def _places(self, size: int) -> Iterator[int]:
+        """The places behind the last ``size`` tokens where these stood before, the latest first."""
+        gram, end = self.text[-size:], len(self.text) - 1  # what stands at the end does not find itself
+        for _ in range(_PLACES):
+            found = self.text.rfind(gram, 0, end)
+            if found < 0:
+                return
+            yield found + size
+            end = found + size - 1  # they may overlap
+
     def guess(self, drafts: list[int]) -> None:
         """Takes down what `lone` compares when the step is done."""
-        places = self.places.get((self.tokens[-1],))
-        self.guesses = (self.tokens[places[-1]], drafts[0]) if places and drafts else None
+        place = next(self._places(1), None)
+        self.guesses = (self.tokens[place], drafts[0]) if place is not None and drafts else None
 
 
 class LookupDrafts:

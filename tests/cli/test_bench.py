@@ -40,6 +40,16 @@ def test_rows(tmp_path):
     assert "jacobi_window" in result.output
 
 
+def test_rows_that_wait(tmp_path):
+    arguments = ("--prompts", "4", "--batch", "2", "--batch", "4", "--block-size", "8", "--max-batch-size", "2")
+    result, rows = bench(tmp_path, *arguments)
+    assert result.exit_code == 0, result.output
+    (row,) = (row for row in rows if row["method"].endswith("rows at once"))
+    assert row["method"] == "jacobi_lookup, 2 rows at once" and row["batch"] == 4 and row["equal_to_hf_ar"] == 1
+    prompts_alone = next(row for row in rows if row["method"] == "jacobi_lookup" and row["batch"] == 4)
+    assert row["tokens_per_forward"] == prompts_alone["tokens_per_forward"] and row["ms_per_forward"] > 0
+
+
 def test_half_precision(tmp_path, monkeypatch):
     """What is not the argmax is counted, and whether it is a near-tie."""
     found = iter([[False], [True], [True, False]])
