@@ -56,28 +56,64 @@ void amx_inputs(const LinearParams& p, int64_t row, void* to) {
   }
 }
 
+// Of 16 rows of bfloat16 values [outputs], given as [outputs, rows], register m holding outputs m and m + 8: afterwards
+// register r holds rows r and r + 8.
+void transpose_halves(__m512i (&x)[8]) {
+  __m512i y[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 8; i += 2) {
+    y[i] = _mm512_unpacklo_epi16(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi16(x[i], x[i + 1]);
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_unpacklo_epi32(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi32(y[i + j], y[i + j + 2]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[2 * i] = _mm512_unpacklo_epi64(x[i], x[i + 4]);
+    y[2 * i + 1] = _mm512_unpackhi_epi64(x[i], x[i + 4]);
+  }
+  // Quarters 0 and 2 are one row, 1 and 3 the other.
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = _mm512_shuffle_i64x2(y[i], y[i], 0xd8);
+}
+
 // Writes sums [count, columns] of `rows` columns.
 template <int Columns>
 void amx_results(const LinearParams& p, const float* sums, int64_t row, int64_t rows, int64_t output, int64_t count) {
   bf16_t* out = static_cast<bf16_t*>(p.out) + row * p.out_stride + output;
+  const __mmask16 mask = static_cast<__mmask16>((1u << count) - 1);
   vfloat bias{};
   if (p.bias) {
     bf16_t values[tile_rows] = {};
     memcpy(values, static_cast<const bf16_t*>(p.bias) + output, count * sizeof(bf16_t));
     bias = load(values);
   }
-  const auto write = [&](vfloat sum, bf16_t* to) {
-    if (p.bias) sum += bias;
-    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), (__m256i)_mm512_cvtneps_pbh(sum));
-  };
   if constexpr (Columns == 1) {
-    write(load(sums), out);
+    _mm256_mask_storeu_epi16(out, mask, (__m256i)_mm512_cvtneps_pbh(load(sums) + bias));
   } else {
-    __m512i columns[16];
+    alignas(64) float biases[tile_rows];
+    store(biases, bias);
+    __m512i pairs[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+      pairs[i] = (__m512i)_mm512_cvtne2ps_pbh(load(sums + (i + 8) * Columns) + biases[i + 8],
+                                              load(sums + i * Columns) + biases[i]);
+    transpose_halves(pairs);
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; ++i) columns[i] = _mm512_load_si512(sums + i * Columns);
-    transpose(columns);
-    for (int64_t i = 0; i < rows; ++i) write(reinterpret_cast<vfloat>(columns[i]), out + i * p.out_stride);
+    for (int64_t i = 0; i < tile_rows; ++i) {
+      if (i >= rows) break;
+      const __m256i values = i < 8 ? _mm512_castsi512_si256(pairs[i % 8]) : _mm512_extracti64x4_epi64(pairs[i % 8], 1);
+      if (count == tile_rows) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i * p.out_stride), values);
+      } else {
+        _mm256_mask_storeu_epi16(out + i * p.out_stride, mask, values);
+      }
+    }
   }
 }
 
