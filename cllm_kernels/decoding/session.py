@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from .. import backends
 from ..ops import JacobiState, converge_
 from ..ops.state_fields import FIELDS
 from .cache import JacobiCache
@@ -109,13 +110,20 @@ class Session:
         self._exchange(holes, movers, others)
 
     def _exchange(self, first: list[int], second: list[int], others: Sequence[torch.Tensor]) -> None:
+        """Rows change places, in all that is kept by rows but the cache."""
         if not first:
             return
         for one, two in zip(first, second, strict=True):
             self.order[one], self.order[two] = self.order[two], self.order[one]
-        places, sources = torch.tensor([first + second, second + first], device=self.bounds.device)
-        by_row = [getattr(self.whole, name) for name, _, shape, _ in FIELDS if shape.startswith("B")]
-        for tensor in (self.bounds[1], *by_row, *others):
+        by_row = (getattr(self.whole, name) for name, _, shape, _ in FIELDS if shape.startswith("B"))
+        tensors = (self.bounds[1], *by_row, *others)
+        device = self.bounds.device
+        if device.type == "cpu" and backends.resolve("auto", device) == "cpp":
+            rows = [(tensor.data_ptr(), tensor.nbytes // tensor.shape[0]) for tensor in tensors]  # all contiguous
+            backends.EXTENSION.exchange_rows(rows, first, second)
+            return
+        places, sources = torch.tensor([first + second, second + first], device=device)
+        for tensor in tensors:
             tensor.index_copy_(0, places, tensor.index_select(0, sources))
 
     def _take_first(self, count: int) -> None:

@@ -105,6 +105,14 @@ void context_drafts(const StateFields& fields, int64_t rows, int64_t width, int6
   cpu::context_drafts(jacobi_state(fields, rows, width, 0, context_width, 0));
 }
 
+// tensors: pointers and bytes of a row.
+void exchange_rows(const std::vector<std::tuple<uintptr_t, int64_t>>& tensors, const std::vector<int64_t>& first,
+                   const std::vector<int64_t>& second) {
+  std::vector<cpu::RowTensor> rows;
+  for (const auto& [data, row_bytes] : tensors) rows.push_back({pointer<void>(data), row_bytes});
+  cpu::exchange_rows(rows, first, second);
+}
+
 std::vector<std::tuple<std::string, std::string, std::string>> state_fields() {
   return {
 #define CLLM_STATE_FIELD(type, name, dtype, shape) {#name, dtype, shape},
@@ -142,6 +150,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("linear", &linear, unlocked());
   module.def("lm_head_argmax", &lm_head_argmax, unlocked());
   module.def("context_drafts", &context_drafts, unlocked());
+  module.def("exchange_rows", &exchange_rows, unlocked());
   module.def("qkv", &qkv, unlocked());
   module.def("mlp", &mlp, unlocked());
   module.def("rms_norm", &rms_norm, unlocked());

@@ -2,6 +2,8 @@
 // before it writes anything if a row's numbers do not fit.
 #pragma once
 
+#include <vector>
+
 #include "../common/types.h"
 
 namespace cllm::cpu {
@@ -13,6 +15,13 @@ void converge(const Logits& logits, const JacobiState& state, Mode mode, Refill 
               int threads);
 // Drafts for the whole window of every row, of refill `context` and draw number 0.
 void context_drafts(const JacobiState& state);
+// Row first[i] of each tensor and its row second[i] change places; no row is named twice.
+struct RowTensor {
+  void* data;
+  int64_t row_bytes;
+};
+void exchange_rows(const std::vector<RowTensor>& tensors, const std::vector<int64_t>& first,
+                   const std::vector<int64_t>& second);
 void linear(const LinearParams& params, int threads);
 void lm_head_argmax(const HeadParams& params, int threads);
 void qkv(const QkvParams& params, int threads);

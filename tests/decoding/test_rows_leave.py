@@ -11,8 +11,9 @@ import torch
 from helpers import Planted, make_model, make_prompts
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
-from cllm_kernels.decoding import JacobiCache, loop
+from cllm_kernels.decoding import JacobiCache, Session, loop
 from cllm_kernels.integrations import generate
+from cllm_kernels.ops import JacobiState
 
 MODEL = make_model("llama", seed=4)
 ROWS, WIDTH = 6, 12
@@ -270,3 +271,20 @@ def test_branches_of_the_first_rows():
     buffer, _ = cache.update(keys, keys, 0)
     cache.take_branches(4, [0, 1], [2, 3])
     assert torch.equal(buffer[1, :, 3:5], keys[1, :, 5:7]) and torch.equal(buffer[2, :, 9:17], keys[2])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "torch"])
+def test_rows_change_places_in_all_that_is_kept_by_rows(backend, monkeypatch):
+    monkeypatch.setenv("CLLM_BACKEND", backend)
+    state = JacobiState.allocate(5, 3, 7, 4, 2)
+    for index, tensor in enumerate(state.tensors()):
+        tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + 100 * index)
+    bounds, other = torch.arange(10, dtype=torch.int32).view(2, 5), torch.randn(5, 6)
+    state.lengths.set_(bounds[0])
+    before = [tensor.clone() for tensor in (*state.tensors(), bounds[1], other)]
+    session = Session(None, state, bounds)
+    session._exchange([0, 3], [4, 1], [other])
+    order = [4, 3, 2, 1, 0]
+    assert session.order == order
+    for old, new in zip(before, (*state.tensors(), bounds[1], other), strict=True):
+        assert torch.equal(new, old[order] if old.shape[0] == 5 else old)
