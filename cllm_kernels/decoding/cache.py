@@ -68,7 +68,9 @@ class JacobiCache(Cache):
             )
         rows, lengths = key_states.shape[0], self.lengths
         if rows < lengths.shape[0]:
-            buffers, lengths = tuple(buffer[:rows] for buffer in buffers), lengths[:rows]
+            lengths = lengths[:rows]
+        if rows < buffers[0].shape[0]:
+            buffers = tuple(buffer[:rows] for buffer in buffers)
         append_kv_(*buffers, key_states, value_states, lengths, cos, sin, query, self.backend)
         return buffers
 
