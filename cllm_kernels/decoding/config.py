@@ -41,15 +41,16 @@ class JacobiConfig:
             get streams of their own; a row with a number of its own gives what it gives alone. None is 0, and where
             tokens are sampled a draw from torch's global generator.
         cuda_graph: whether iterations on a CUDA device are captured as graphs. None: several as one, and each by itself
-            where the host works between them (lookup, trajectories); not with candidates, adaptive widths, stopping
-            criteria, scores or processors of prefixes.
+            where the host works between them (lookup, trajectories, rows that wait); not with candidates, adaptive widths,
+            stopping criteria, scores or processors of prefixes.
             The graph and its buffers stay with the generator for later calls of the same shapes.
         backend: of the ops, ``"auto"`` for the fastest there is (see ``cllm doctor``).
         record_trajectory: whether to keep the window of every iteration (for training).
         optimize: whether known decoder layers, and on the CPU linear layers, run by the package's own kernels while
             decoding (see :func:`cllm_kernels.optimize`).
         max_batch_size: the most rows that are decoded at once; the cache holds so many. Others wait, and once half of the
-            places are free, those whose turn it is get their prompts read and go on there. None: all rows at once.
+            places are free, the next of them get these. Not with scores, stopping criteria or processors that may know rows
+            by their number. None: all rows at once.
 
     Raises:
         ValueError: an option is out of its range.

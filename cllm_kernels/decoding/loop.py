@@ -56,9 +56,10 @@ def decode(
     """Decodes all rows of the session's state to their end.
 
     The forward of a prompt holds the first window too, so that even the prefill commits more than one token where the
-    drafts are right. Rows that wait (see ``Session.most``) take the places of rows that have ended. On the CPU, the host reads two integers per iteration: how many
-    rows still run, and how many have NaN logits. On CUDA devices it reads them later, see :func:`run_chunks`, unless
-    an option needs the host in every iteration; then an iteration is a graph, where its shape stays.
+    drafts are right. Rows that wait (see ``Session.most``) take the places of rows that have ended. On the CPU, the host
+    reads two integers per iteration: how many rows still run, and how many have NaN logits. On CUDA devices it reads them
+    later, see :func:`run_chunks`, unless an option needs the host in every iteration, or rows wait; then an iteration is a
+    graph, where its shape stays.
 
     Args:
         session: with a state for this prompt, drafts drawn and no token committed.

@@ -574,8 +574,8 @@ def _session(
     key = None
     if kept:
         key = (
-            "session", rows, most, width + extra, output, len(eos), config.width, config.candidates, config.mode, config.refill,
-            processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
+            "session", rows, most, width + extra, output, len(eos), config.width, config.candidates, config.mode,
+            config.refill, processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
         )  # fmt: skip
         session = memory.pop(key, None)
         if session is not None:
