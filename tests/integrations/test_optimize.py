@@ -8,9 +8,9 @@ import weakref
 
 import pytest
 import torch
-from helpers import FAMILIES, VOCABULARY, count_calls, make_model, make_prompts
+from helpers import COMMON, FAMILIES, VOCABULARY, count_calls, make_model, make_prompts
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi, optimize
 from cllm_kernels.decoding import CACHE_NAME, JacobiCache
@@ -125,6 +125,70 @@ def test_where_torch_alone_has_amx_long_prompts_in_bf16_are_left_to_it(calls, mo
                 window_forward(model, torch.randint(3, VOCABULARY, (1, length)))
                 counts.append(calls.get("window_mlp", 0))
         assert counts == [2, times]
+
+
+ROPES = {
+    "default": dict(rope_type="default"),
+    "linear": dict(rope_type="linear", factor=2.0),
+    "llama3": dict(
+        rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+    ),
+    "yarn": dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
+    "dynamic": dict(rope_type="dynamic", factor=2.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rope", ROPES)
+def test_angles_are_computed_once_where_each_position_has_its_own(rope, dtype, monkeypatch):
+    """They are what the rotary embedding gives: logits have the same bits as where it is asked in every forward."""
+    torch.manual_seed(3)
+    config = LlamaConfig(**COMMON, rope_parameters=dict(rope_theta=1e4, **ROPES[rope]), attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    kind, asked = type(model.model.rotary_emb), []
+    forward = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: asked.append(1) or forward(*args, **kwargs))
+    tokens = torch.randint(3, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(2))
+
+    def logits():
+        asked.clear()
+        with optimize(model):
+            first, cache = window_forward(model, tokens[:, :21])
+            second, _ = window_forward(model, tokens[:, 21:], 21, cache)
+        return torch.cat((first, second), 1)
+
+    got = logits()
+    assert len(asked) == (2 if rope == "dynamic" else 1)
+    monkeypatch.setattr(module_under_test, "_FIXED_ANGLES", set())
+    assert torch.equal(got, logits()) and len(asked) == 2
+
+
+def test_a_rotary_embedding_with_hooks_runs_in_every_forward():
+    model, seen = make_model("llama"), []
+    model.model.rotary_emb.register_forward_hook(lambda module, args, output: seen.append(output[0].shape))
+    with optimize(model):
+        _, cache = window_forward(model, torch.randint(3, VOCABULARY, (1, 9)))
+        window_forward(model, torch.randint(3, VOCABULARY, (1, 4)), 9, cache)
+    assert [shape[1] for shape in seen] == [9, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_last_norm_runs_by_the_op_unless_it_is_another(dtype, monkeypatch):
+    model, tokens = make_model("qwen2", dtype=dtype), torch.randint(3, VOCABULARY, (1, 9))
+    counts = count_calls(monkeypatch, module_under_test, ("rms_norm",))
+    plain, _ = window_forward(model, tokens)
+    with optimize(model):
+        got, _ = window_forward(model, tokens)
+    assert counts == {"rms_norm": 1}
+    torch.testing.assert_close(got, plain, **dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0, atol=0.05))
+    model.model.norm.forward = lambda x: torch.zeros_like(x)
+    with optimize(model):
+        assert not window_forward(model, tokens)[0].any()
+    del model.model.norm.forward
+    model.model.norm.register_forward_hook(lambda module, args, output: output * 0)
+    with optimize(model):
+        assert not window_forward(model, tokens)[0].any()
+    assert counts == {"rms_norm": 1}
 
 
 @pytest.mark.parametrize("length", [0, 9])
