@@ -239,7 +239,8 @@ def _measure(
         sequences = len(flat[index])
         decoding = sum(seconds[index]) - sum(prefills[index])
         if counts:
-            prefill_tokens, forwards = sum(c.prefill_tokens for c in counts), sum(c.forwards - c.prefill_forwards for c in counts)
+            prefill_tokens = sum(c.prefill_tokens for c in counts)
+            forwards = sum(c.forwards - c.prefill_forwards for c in counts)
         else:  # a token in the first forward, and, where nothing drafts, one in each of the others
             prefill_tokens = sequences
             drafts = method.name not in ("hf_ar", "hf_ar_compiled")

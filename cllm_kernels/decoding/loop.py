@@ -134,7 +134,7 @@ def decode(
         """Runs the prompts of the first rows with their first windows; returns how many of these rows go on."""
         nonlocal state, prefills, prefill_tokens, prefill_seconds
         started = time.perf_counter()
-        whole, state = state, windows.first(rows)
+        running_on, state = state, windows.current.first(rows)
         if source == "lookup":
             lookup.propose_(state)
         record()
@@ -151,7 +151,7 @@ def decode(
         prefills += 1
         prefill_tokens += int(state.produced.sum())
         prefill_seconds += time.perf_counter() - started
-        state = whole
+        state = running_on
         return running
 
     begin = time.perf_counter()
@@ -287,11 +287,6 @@ class _Windows:
         count = self.session.admit(self._by_row())
         self._running = {self.full.width: self.session.state}
         return count
-
-    def first(self, rows: int) -> JacobiState:
-        """The first rows at the current width."""
-        running = self._running.get(self.current.width)
-        return running if running is not None and running.rows == rows else self.current.first(rows)
 
     def at(self, width: int) -> JacobiState:
         """Goes on with a window of that width."""

@@ -128,7 +128,7 @@ class Session:
 
     def _take_first(self, count: int) -> None:
         """Goes on with the first rows alone."""
-        self.state = self.whole if count == self.whole.rows else self.whole.first(count)
+        self.state = self.whole.first(count)
         self.starts = self.bounds[1, :count]
 
     def restart(self, state: JacobiState, starts: torch.Tensor) -> None:

@@ -28,8 +28,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "
 def add_rms_norm(
     x: torch.Tensor, delta: torch.Tensor, weight: torch.Tensor, eps: float, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x + delta``, rounded to their dtype, and what :func:`rms_norm` makes of it; delta is like x. There is no "cpp". Raises as that
-    does."""
+    """``x + delta``, rounded to their dtype, and what :func:`rms_norm` makes of it; delta is like x. Raises as that does.
+
+    There is no backend "cpp".
+    """
     return _add_norm(x, delta, weight, eps, backend)
 
 

@@ -202,7 +202,9 @@ class JacobiState(_Fields):
         return JacobiState(*(tensor.clone() for tensor in self.tensors()))
 
     def first(self, rows: int) -> JacobiState:
-        """The state of the first rows, in the same memory."""
+        """The state of the first rows, in the same memory; itself where these are all."""
+        if rows == self.rows:
+            return self
         return JacobiState(
             *(
                 tensor[:rows] if shape[0] == "B" else tensor

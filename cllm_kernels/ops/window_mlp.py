@@ -30,10 +30,10 @@ def window_mlp(
 
     ``h = x + attended outputᵀ + output_bias`` and ``h + (silu(m gateᵀ) * (m upᵀ)) downᵀ`` with m = RMSNorm(h).
 
-    x [B, n, H], the layer's input; attended [B, n, A]; output [H, A]; norm [H]
-    with eps as in `window_qkv`; gate and up [I, H]; down [H, I]; all of one dtype (float32, bfloat16), matrices as in
-    `window_linear`. Returns [B, n, H], contiguous. Each row depends on its own rows alone, as in `window_linear`. In
-    bfloat16, every step is rounded, as by a module of transformers.
+    x [B, n, H], the layer's input; attended [B, n, A]; output [H, A]; norm [H] with eps as in `window_qkv`; gate and up
+    [I, H]; down [H, I]; all of one dtype (float32, bfloat16), matrices as in `window_linear`. Returns [B, n, H],
+    contiguous. Each row depends on its own rows alone, as in `window_linear`. In bfloat16, every step is rounded, as by a
+    module of transformers.
 
     For inference: gradients are not defined. Raises ValueError on shapes, dtypes or devices that do not fit.
     """

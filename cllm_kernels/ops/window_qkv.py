@@ -32,11 +32,10 @@ def window_qkv(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """RMSNorm, the projections to queries, keys and values, and the rotary embedding, for a window on the CPU.
 
-    x [B, n, H]; norm [H], the weight of the RMSNorm, which adds eps to the mean
-    of squares; query [Hq * D, H], key and value [Hkv * D, H] and biases, as in `window_linear`; query_norm and
-    key_norm [D], weights of RMSNorms of each head with head_eps, or None; cos and sin [B, n, D], D even: a head
-    (a, b) of two halves becomes (a cos - b sin, b cos + a sin), as transformers' `rotate_half` has it. All of one dtype
-    (float32, bfloat16).
+    x [B, n, H]; norm [H], the weight of the RMSNorm, which adds eps to the mean of squares; query [Hq * D, H], key and
+    value [Hkv * D, H] and biases, as in `window_linear`; query_norm and key_norm [D], weights of RMSNorms of each head
+    with head_eps, or None; cos and sin [B, n, D], D even: a head (a, b) of two halves becomes (a cos - b sin,
+    b cos + a sin), as transformers' `rotate_half` has it. All of one dtype (float32, bfloat16).
 
     Returns queries [B, n, Hq, D], keys and values [B, n, Hkv, D], contiguous. Each row depends on its own row of x
     alone, as in `window_linear`. In bfloat16, results are rounded after the norm, after its weight, after the

@@ -150,7 +150,7 @@ LinearLayout linear_layout(const LinearParams& p) {
   constexpr int64_t outputs = 24;
   if (linear_converts<T>) return {outputs, 1, round_up(p.inputs, linear_step<T>) * sizeof(Input<T>)};
   const int64_t bytes = p.inputs * sizeof(T);
-  return {outputs, 1, p.rows > 16 * linear_rows && bytes % 4096 == 0 ? static_cast<size_t>(bytes) + 64 : 0};
+  return {outputs, 1, p.rows > 16 * linear_rows && bytes % page_bytes == 0 ? static_cast<size_t>(bytes) + 64 : 0};
 }
 
 // A row of x as the kernel reads it; what is converted, with zeros up to a whole number of steps.

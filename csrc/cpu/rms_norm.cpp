@@ -5,10 +5,11 @@
 namespace cllm::cpu {
 
 void rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, DType dtype) {
+  const Kernels& run = kernels();
   const int64_t row_bytes = width * element_size(dtype);
   for (int64_t row = 0; row < rows; ++row)
-    kernels().rms_norm(static_cast<const char*>(x) + row * row_bytes, weight, eps, width,
-                       static_cast<char*>(out) + row * row_bytes, dtype);
+    run.rms_norm(static_cast<const char*>(x) + row * row_bytes, weight, eps, width,
+                 static_cast<char*>(out) + row * row_bytes, dtype);
 }
 
 }  // namespace cllm::cpu

@@ -127,7 +127,7 @@ def test_waiting_rows_take_the_places_of_others(name, most, batches, sessions):
         assert single.statistics.rows == (together,)
 
 
-def test_padding_of_all_rows_that_get_their_prompts_is_not_read(batches):
+def test_padding_of_all_rows_that_get_their_prompts_is_not_read():
     """A short prompt beside long ones that have ended costs what it costs alone."""
     inputs = {name: values[:2] for name, values in INPUTS.items()}
     pads = (inputs["attention_mask"] == 0).sum(1)

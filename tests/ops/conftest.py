@@ -4,6 +4,7 @@ Triton's kernels run in its interpreter here (tests/conftest.py), and the CUDA s
 emulation of cuda_emulation/; on a GPU, test_ops_on_gpu.py runs both.
 """
 
+import contextlib
 import os
 
 import emulated_cuda
@@ -14,6 +15,18 @@ from cllm_kernels import backends
 from cllm_kernels.ops import _tickets
 
 ISAS = ("baseline", "avx2", "avx512", "avx512bf16", "amx")
+
+
+@contextlib.contextmanager
+def instruction_set(isa):
+    extension = backends.EXTENSION
+    if isa not in extension.cpu_isas():
+        pytest.skip(f"this CPU has no {isa} (or the build lacks it): {', '.join(extension.cpu_isas())}")
+    before = extension.cpu_isa()
+    extension.select_cpu_isa(isa)
+    assert extension.cpu_isa() == isa
+    yield
+    extension.select_cpu_isa(before)
 
 
 @pytest.fixture(params=["torch", "triton", "cuda-emulated", *(f"cpp-{isa}" for isa in ISAS)])
@@ -33,14 +46,18 @@ def backend(request):
     if name != "cpp":
         yield name
         return
-    extension = backends.EXTENSION
-    if isa not in extension.cpu_isas():
-        pytest.skip(f"this CPU has no {isa} (or the build lacks it): {', '.join(extension.cpu_isas())}")
-    before = extension.cpu_isa()
-    extension.select_cpu_isa(isa)
-    assert extension.cpu_isa() == isa
-    yield name
-    extension.select_cpu_isa(before)
+    with instruction_set(isa):
+        yield name
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    """C++ on each instruction set, for ops of which `backend` leaves it out."""
+    reason = backends.available()["cpp"]
+    if reason is not None:
+        pytest.skip(reason)
+    with instruction_set(request.param):
+        yield request.param
 
 
 @pytest.fixture(scope="session")

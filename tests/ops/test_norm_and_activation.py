@@ -1,14 +1,11 @@
 """rms_norm, add_rms_norm and silu_mul against transformers' modules and float64, in Triton's interpreter and PyTorch; and
 rms_norm in C++."""
 
-import functools
-
 import pytest
 import torch
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from cllm_kernels import backends
 from cllm_kernels.ops import add_rms_norm, rms_norm, silu_mul
 from cllm_kernels.ops.rms_norm import MAX_SIZE
 
@@ -51,10 +48,7 @@ def test_norm(shape, dtype, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("isa", backends.EXTENSION.cpu_isas())
-def test_norm_in_cpp(isa, shape, dtype, request):
-    request.addfinalizer(functools.partial(backends.EXTENSION.select_cpu_isa, backends.EXTENSION.cpu_isa()))
-    backends.EXTENSION.select_cpu_isa(isa)
+def test_norm_in_cpp(shape, dtype, isa):
     torch.manual_seed(len(shape))
     x, weight = 3 * torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype), torch.randn(shape[-1]).to(dtype)
     x = x[..., : shape[-1]]  # not contiguous
