@@ -70,6 +70,13 @@ CLLM_INLINE void add_tile_products(const char* first, int64_t row_bytes, int64_t
   }
 }
 
+// From the lanes of one register behind those of the next to pairs.
+CLLM_INLINE __m512i interleaved(__m512bh both) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)both);
+}
+
 void transpose(__m512i (&x)[16]) {
   __m512i y[16];
 #pragma GCC unroll 8

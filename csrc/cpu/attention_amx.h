@@ -131,19 +131,14 @@ struct AttentionTiles<bf16_t> {
 
   // Weights of 16 rows and of keys [begin, end) as first operands, [keys / 32][row][32], with zeros around them.
   static void pack_weights(const float* weights, int64_t weight_stride, int64_t begin, int64_t end, float* to) {
-    // From the lanes of one key behind those of the next to pairs.
-    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
-                                                21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int64_t key = begin / tile_inputs * tile_inputs; key < end; key += tile_inputs, to += tile_bytes / 4) {
       const auto of = [&](int64_t at) {
         return begin <= at && at < end ? load(weights + at * weight_stride) : vfloat{};
       };
       __m512i pairs[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i) {
-        const __m512bh both = _mm512_cvtne2ps_pbh(of(key + 2 * i + 1), of(key + 2 * i));
-        pairs[i] = _mm512_permutexvar_epi16(interleave, (__m512i)both);
-      }
+      for (int i = 0; i < 16; ++i)
+        pairs[i] = interleaved(_mm512_cvtne2ps_pbh(of(key + 2 * i + 1), of(key + 2 * i)));
       transpose(pairs);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, pairs[i]);

@@ -42,10 +42,12 @@ void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t spl
 constexpr auto bf16_layout = amx_layout;
 constexpr auto bf16_inputs = amx_inputs;
 constexpr auto bf16_linear = amx_linear;
+constexpr auto gated_linear = amx_gated;
 #else
 constexpr auto bf16_layout = linear_layout<bf16_t>;
 constexpr auto bf16_inputs = linear_inputs<bf16_t>;
 constexpr auto bf16_linear = linear<bf16_t>;
+constexpr decltype(Kernels::gated_linear) gated_linear = nullptr;  // no layout asks for it
 #endif
 
 LinearLayout linear_layout_any(const LinearParams& p) {
@@ -134,7 +136,7 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
     scratch_size, partial_size,      attend_any, merge_any,  linear_layout_any, linear_inputs_any, linear_any,
-    rms_norm_any, silu_multiply_any, add_any,    scale_logits_any, argmax_any,    sample_any, rotate_any,
+    gated_linear, rms_norm_any, silu_multiply_any, add_any,    scale_logits_any, argmax_any,    sample_any, rotate_any,
 };
 
 }  // namespace cllm::cpu

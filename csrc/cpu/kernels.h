@@ -39,6 +39,7 @@ struct LinearLayout {
   int64_t outputs;   // those of a task are a multiple of these
   int64_t rows;      // x is written in groups of so many rows, the last one as if it were whole
   size_t row_bytes;  // of x then; 0: it is read where it lies
+  bool gated = false;  // `gated_linear` takes it
 };
 
 struct Kernels {
@@ -54,6 +55,9 @@ struct Kernels {
   // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote. `next`: weights that are
   // read after these, or null where they lie behind them.
   void (*linear)(const LinearParams&, int64_t begin, int64_t end, const void* next);
+  // silu(gate) * up of outputs [begin, end), two layers of the same x and shape, where their layout says so. Written as
+  // `linear_inputs` writes it for the layer behind them; `out` of both is not used.
+  void (*gated_linear)(const LinearParams& gate, const LinearParams& up, int64_t begin, int64_t end, void* to);
   // Of one row of fp32 or bf16; see row_ops.h.
   void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);
   // gate = silu(gate) * up: `count` values of each of `rows` rows, which stand `stride` values apart.

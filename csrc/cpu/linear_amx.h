@@ -9,6 +9,7 @@
 #include "amx.h"
 #include "kernels.h"
 #include "quad.h"
+#include "row_ops.h"
 
 #if defined(__AMX_BF16__)
 
@@ -21,15 +22,20 @@ constexpr int64_t fetched_inputs = 1024;
 constexpr int64_t band_tiles = 4;
 // x that stays in the L2 cache, which has 2 MB on the CPUs that have AMX.
 constexpr int64_t amx_block_bytes = 1 << 20;
+// Weights of a layer that two such layers find in that cache.
+constexpr int64_t amx_gated_bytes = 1 << 20;
 
 // A register of inputs from `k` on, with zeros behind the last.
 CLLM_INLINE __m512i inputs_from(const bf16_t* row, int64_t k, int64_t inputs) {
   return load_register<__m512i, true>(row + k, minimum(tile_inputs, inputs - k));
 }
 
+// Of few rows, weights that come from memory bind, and `amx_block` fetches these better than `amx_gated`.
 LinearLayout amx_layout(const LinearParams& p) {
-  if (p.rows == 1 && p.inputs % tile_inputs == 0) return {2 * tile_rows, 1, 0};
-  return {2 * tile_rows, p.rows == 1 ? 1 : tile_rows, round_up(p.inputs, tile_inputs) * sizeof(bf16_t)};
+  const int64_t weight_bytes = p.outputs * p.weight_stride * sizeof(bf16_t);
+  const bool gated = p.rows > 4 * tile_rows || (p.rows > 1 && weight_bytes <= amx_gated_bytes);
+  if (p.rows == 1 && p.inputs % tile_inputs == 0) return {2 * tile_rows, 1, 0, gated};
+  return {2 * tile_rows, p.rows == 1 ? 1 : tile_rows, round_up(p.inputs, tile_inputs) * sizeof(bf16_t), gated};
 }
 
 // A panel of x from `row` on: tiles over the inputs, each [16 pairs, rows].
@@ -122,35 +128,48 @@ void amx_results(const LinearParams& p, const float* sums, int64_t row, int64_t 
 struct FetchedRows {
   const bf16_t* first;
   int64_t stride, count, inputs;
+
+  inline __attribute__((always_inline)) void operator()(int64_t k) const {
+    if (k >= inputs) return;
+    for (int64_t i = 0; i < count; ++i) __builtin_prefetch(first + i * stride + k, 0, 2);
+  }
 };
 
-// Outputs [output, output + count), of G tiles, of P panels from `row` on. Meanwhile `next` is fetched.
-template <int G, int P, int Columns>
-void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count, const FetchedRows& next) {
+// In tiles 0 to 3, the sums of P panels of x from `row` on by G tiles of `count` rows of weights, which are `apart` values
+// from each other. Meanwhile `beside` is called for every 32 inputs.
+template <int G, int P, int Columns, class Beside>
+CLLM_INLINE void amx_sums(const LinearParams& p, int64_t row, const bf16_t* weight, int64_t apart, int64_t count,
+                          const Beside& beside) {
   const int64_t stride = p.weight_stride * sizeof(bf16_t), panel_bytes = Columns * p.x_bytes;
-  const bf16_t* weight = static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
   const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
-  const auto add_products = [&](const char* w, int64_t w_stride) {
-    add_tile_products<G, P, Columns>(w, w_stride, tile_rows * w_stride, x, panel_bytes);
+  const auto add_products = [&](const void* w, int64_t w_stride, int64_t next) {
+    add_tile_products<G, P, Columns>(static_cast<const char*>(w), w_stride, next, x, panel_bytes);
     x += 64 * Columns;
   };
   zero_sums<G, P>();
   tile_barrier();
   int64_t k = 0;
   for (; k + tile_inputs <= p.inputs; k += tile_inputs) {
-    add_products(reinterpret_cast<const char*>(weight + k), stride);
-    if (k >= next.inputs) continue;
-    for (int64_t i = 0; i < next.count; ++i) __builtin_prefetch(next.first + i * next.stride + k, 0, 2);
+    add_products(weight + k, stride, apart * sizeof(bf16_t));
+    beside(k);
   }
-  alignas(64) char memory[2 * tile_bytes];
-  if (k < p.inputs) {
+  if (k == p.inputs) return;
+  alignas(64) char memory[G * tile_bytes];
+  for (int g = 0; g < G; ++g)
     for (int64_t i = 0; i < count; ++i)
-      _mm512_store_si512(memory + 64 * i, inputs_from(weight + i * p.weight_stride, k, p.inputs));
-    tile_barrier();
-    add_products(memory, 64);
-    tile_barrier();
-  }
-  float* sums = reinterpret_cast<float*>(memory);
+      _mm512_store_si512(memory + g * tile_bytes + 64 * i,
+                         inputs_from(weight + g * apart + i * p.weight_stride, k, p.inputs));
+  tile_barrier();
+  add_products(memory, 64, tile_bytes);
+  tile_barrier();
+}
+
+// Outputs [output, output + count), of G tiles, of P panels from `row` on. Meanwhile `next` is fetched.
+template <int G, int P, int Columns>
+void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count, const FetchedRows& next) {
+  amx_sums<G, P, Columns>(p, row, static_cast<const bf16_t*>(p.weight) + output * p.weight_stride,
+                          tile_rows * p.weight_stride, minimum(count, tile_rows), next);
+  alignas(64) float sums[tile_rows * Columns];
   const auto results = [&](int g, int panel) {
     tile_barrier();
     const int64_t first = row + panel * tile_rows;
@@ -217,11 +236,16 @@ void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begi
   }
 }
 
+// Rows of x that stay in the L2 cache.
+CLLM_INLINE int64_t amx_block_rows(const LinearParams& p) {
+  return maximum(amx_block_bytes / maximum(p.x_bytes, 1) / (2 * tile_rows), 1) * 2 * tile_rows;
+}
+
 template <int Columns>
 void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
   const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights(end);
-  const int64_t block = maximum(amx_block_bytes / maximum(p.x_bytes, 1) / (2 * tile_rows), 1) * 2 * tile_rows;
+  const int64_t block = amx_block_rows(p);
   configure_tiles<Columns>();
   for (int64_t row = 0; row < p.rows; row += block)
     amx_block<Columns>(p, row, minimum(row + block, p.rows), begin, end, row + block < p.rows ? weights(begin) : last);
@@ -230,6 +254,120 @@ void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* nex
 
 void amx_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   p.rows == 1 ? amx_rows<1>(p, begin, end, next) : amx_rows<tile_rows>(p, begin, end, next);
+}
+
+// A bias of tile_rows outputs from `output` on, with zeros behind `count`.
+CLLM_INLINE vfloat bias_of(const LinearParams& p, int64_t output, int64_t count) {
+  return p.bias ? load_some(static_cast<const bf16_t*>(p.bias) + output, count) : vfloat{};
+}
+
+// silu(gate) * up of up to 16 outputs of one or two panels. It is computed some at a time, beside the next sums, since
+// vectors and tiles have units of their own. Sums have rows in the lanes, and so have the panels of the layer behind.
+class GatedResults {
+ public:
+  // The panels begin at `to`.
+  GatedResults(const LinearParams& gate, const LinearParams& up, void* to)
+      : gate_(gate), up_(up), to_(static_cast<char*>(to)) {}
+
+  // Those of the sums in the tiles: 0 and 1 of the gate, 2 and 3 of the other layer, of P panels from `row` on.
+  template <int P>
+  void take(int64_t row, int64_t output, int64_t count) {
+    finish();
+    tile_barrier();
+    _tile_stored(0, sums_[0], 64);
+    _tile_stored(2, sums_[2], 64);
+    if constexpr (P > 1) {
+      _tile_stored(1, sums_[1], 64);
+      _tile_stored(3, sums_[3], 64);
+    }
+    tile_barrier();
+    store(gate_bias_, bias_of(gate_, output, count));
+    store(up_bias_, bias_of(up_, output, count));
+    const int64_t row_bytes = round_up(gate_.outputs, tile_inputs) * sizeof(bf16_t);
+    at_ = to_ + row * row_bytes + output * tile_rows * sizeof(bf16_t);
+    panel_bytes_ = tile_rows * row_bytes;
+    count_ = count;
+    // With zeros for the second half of the last tile, where it has none.
+    const bool half = output % tile_inputs == 0 && output + tile_rows >= gate_.outputs;
+    pairs_ = half ? tile_rows : tile_rows / 2;
+    panels_ = P;
+    panel_ = pair_ = 0;
+  }
+
+  void some() {
+    if (panel_ == panels_) return;
+    for (int i = 0; i < 2; ++i, ++pair_) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(result(2 * pair_ + 1), result(2 * pair_));
+      _mm512_storeu_si512(at_ + panel_ * panel_bytes_ + 64 * pair_, interleaved(both));
+    }
+    if (pair_ < pairs_) return;
+    pair_ = 0;
+    ++panel_;
+  }
+
+  void finish() {
+    while (panel_ < panels_) some();
+  }
+
+ private:
+  // Of an output, in the lanes of its rows; 0 behind the last output.
+  inline __attribute__((always_inline)) vfloat result(int64_t i) const {
+    if (i >= count_) return vfloat{};
+    const vfloat gate = load(sums_[panel_] + i * tile_rows) + gate_bias_[i];
+    const vfloat up = load(sums_[2 + panel_] + i * tile_rows) + up_bias_[i];
+    return gated<bf16_t>(rounded<bf16_t>(gate), rounded<bf16_t>(up));
+  }
+
+  const LinearParams &gate_, &up_;
+  char *to_, *at_ = nullptr;
+  alignas(64) float sums_[4][tile_rows * tile_rows], gate_bias_[tile_rows], up_bias_[tile_rows];
+  int64_t panel_bytes_ = 0, count_ = 0;
+  int panels_ = 0, panel_ = 0, pairs_ = 0, pair_ = 0;
+};
+
+// Sums for `results`, of P panels from `row` on.
+template <int P, class Fetch>
+CLLM_INLINE void gated_tile(const LinearParams& gate, const LinearParams& up, int64_t row, int64_t output, int64_t count,
+                            const Fetch& fetch, GatedResults& results) {
+  const bf16_t* weight = static_cast<const bf16_t*>(gate.weight) + output * gate.weight_stride;
+  const bf16_t* other = static_cast<const bf16_t*>(up.weight) + output * up.weight_stride;
+  amx_sums<2, P, tile_rows>(gate, row, weight, other - weight, count, [&](int64_t k) {
+    fetch(k);
+    results.some();
+  });
+  results.take<P>(row, output, count);
+}
+
+// See `gated_linear` in kernels.h.
+void amx_gated(const LinearParams& gate, const LinearParams& up, int64_t begin, int64_t end, void* to) {
+  const int64_t block = amx_block_rows(gate);
+  GatedResults results(gate, up, to);
+  const auto weights = [&](const LinearParams& p, int64_t output) {
+    return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
+  };
+  configure_tiles();
+  for (int64_t first = 0; first < gate.rows; first += block) {
+    const int64_t behind = minimum(first + block, gate.rows), pairs = (behind - first + 2 * tile_rows - 1) / (2 * tile_rows);
+    for (int64_t output = begin; output < end; output += tile_rows) {
+      const int64_t count = minimum(tile_rows, end - output);
+      if (count < tile_rows) configure_tiles(count);
+      for (int64_t i = 0; i < pairs; ++i) {
+        const int64_t row = first + 2 * i * tile_rows, fetched = tile_rows * i / pairs;
+        const int64_t next = output + tile_rows + fetched, rows = tile_rows * (i + 1) / pairs - fetched;
+        const FetchedRows gates{weights(gate, next), gate.weight_stride, rows, fetched_inputs};
+        const FetchedRows ups{weights(up, next), up.weight_stride, rows, fetched_inputs};
+        const auto fetch = [&](int64_t k) {
+          gates(k);
+          ups(k);
+        };
+        behind - row > tile_rows ? gated_tile<2>(gate, up, row, output, count, fetch, results)
+                                 : gated_tile<1>(gate, up, row, output, count, fetch, results);
+      }
+      if (count < tile_rows) configure_tiles();
+    }
+  }
+  results.finish();
+  _tile_release();
 }
 
 }  // namespace

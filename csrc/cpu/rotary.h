@@ -12,7 +12,11 @@ namespace {
 template <class T>
 CLLM_INLINE vfloat rounded(vfloat x) {
   if constexpr (std::is_same<T, bf16_t>::value) {
+#if defined(__AVX512BF16__)
+    return widen((__m256i)_mm512_cvtneps_pbh(x));
+#else
     return reinterpret_cast<vfloat>(round_to_half(x) & 0xffff0000u);
+#endif
   } else {
     T stored[native];
     store(stored, x);

@@ -38,24 +38,21 @@ void rms_norm(const T* x, const T* weight, float eps, int64_t count, T* out) {
   for (; i < count; ++i) narrow(widen(weight[i]) * rounded<T>(widen(x[i]) * factor), out + i);
 }
 
-// gate = silu(gate) * up of a row. Rounded in between, as a module for each would round. The rest of a row goes through a
-// vector too, so that the place of a value decides nothing.
+// silu(gate) * up, before the product is rounded to T. Rounded in between, as a module for each would round.
+template <class T>
+CLLM_INLINE vfloat gated(vfloat gate, vfloat up) {
+  // exp2 takes less than 128; NaN stays
+  const vfloat silu = gate / (1.0f + exp2(min(splat(127.0f), gate * -log2e)));
+  return rounded<T>(silu) * up;
+}
+
+// gate = silu(gate) * up of a row. Its rest goes through a vector too, so that the place of a value decides nothing.
 template <class T>
 CLLM_INLINE void silu_multiply(T* gate, const T* up, int64_t count) {
-  const auto step = [](const T* x, const T* y, T* to) {
-    const vfloat v = load(x), exponent = v * -log2e;
-    // exp2 takes less than 128; NaN stays
-    const vfloat silu = v / (1.0f + exp2(exponent > 127.0f ? splat(127.0f) : exponent));
-    store(to, rounded<T>(silu) * load(y));
-  };
   int64_t i = 0;
-  for (; i + native <= count; i += native) step(gate + i, up + i, gate + i);
-  if (i == count) return;
-  T x[native] = {}, y[native] = {};
-  memcpy(x, gate + i, (count - i) * sizeof(T));
-  memcpy(y, up + i, (count - i) * sizeof(T));
-  step(x, y, x);
-  memcpy(gate + i, x, (count - i) * sizeof(T));
+  for (; i + native <= count; i += native) store(gate + i, gated<T>(load(gate + i), load(up + i)));
+  const int64_t rest = count - i;
+  if (rest) store_some(gate + i, gated<T>(load_some(gate + i, rest), load_some(up + i, rest)), rest);
 }
 
 template <class T>
@@ -90,7 +87,9 @@ void scale_logits(T* x, int64_t count, float scale, float softcap) {
 
 template <class T>
 void add_rows(const T* a, const T* b, int64_t count, T* out) {
-  for (int64_t i = 0; i < count; ++i) narrow(widen(a[i]) + widen(b[i]), out + i);
+  int64_t i = 0;
+  for (; i + native <= count; i += native) store(out + i, load(a + i) + load(b + i));
+  for (; i < count; ++i) narrow(widen(a[i]) + widen(b[i]), out + i);
 }
 
 }  // namespace

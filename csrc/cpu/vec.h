@@ -65,6 +65,19 @@ CLLM_INLINE vfloat max(vfloat a, vfloat b) {
 #endif
 }
 
+// The second operand if either is NaN.
+CLLM_INLINE vfloat min(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return _mm512_min_ps(a, b);
+#elif defined(__AVX__)
+  return _mm256_min_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
 CLLM_INLINE bool any(vint mask) {
   bool found = false;
   for (int i = 0; i < native; ++i) found |= mask[i] != 0;
@@ -121,10 +134,15 @@ CLLM_INLINE void narrow(float x, f16_t* to) {
 }
 
 // GCC widens vectors by halves.
+#if defined(__AVX512F__)
+CLLM_INLINE vfloat widen(__m256i x) {
+  return reinterpret_cast<vfloat>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+#endif
+
 CLLM_INLINE vfloat load(const bf16_t* from) {
 #if defined(__AVX512F__)
-  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  return reinterpret_cast<vfloat>(_mm512_slli_epi32(wide, 16));
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__AVX2__)
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return reinterpret_cast<vfloat>(_mm256_slli_epi32(wide, 16));
@@ -154,9 +172,14 @@ CLLM_INLINE vuint round_to_half(vfloat x) {
   return x != x ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
+// Like `narrow`; with AVX-512 BF16, numbers below float32's normal range count as 0.
 CLLM_INLINE void store(bf16_t* to, vfloat x) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+#else
   const vhalf high = __builtin_convertvector(round_to_half(x) >> 16, vhalf);
   memcpy(to, &high, sizeof high);
+#endif
 }
 
 CLLM_INLINE void store(f16_t* to, vfloat x) {

@@ -317,7 +317,10 @@ void mlp_rows(const MlpParams& p, int threads) {
   const size_t attended_at = pieces.add(sizes(p.output, p.inputs));
   const size_t sum_at = pieces.add(p.rows * row_bytes);
   const size_t normed_at = pieces.add(p.rows * row_bytes), gate_inputs_at = pieces.add(sizes(p.gate, p.hidden));
-  const size_t gate_at = pieces.add(p.rows * inner * item), up_at = pieces.add(p.rows * inner * item);
+  const bool gated = p.gate.stride == p.up.stride &&
+                     run.linear_layout(layer(p.gate, nullptr, p.hidden, nullptr, p.rows, p.dtype)).gated;
+  const size_t between = gated ? 0 : p.rows * inner * item;
+  const size_t gate_at = pieces.add(between), up_at = pieces.add(between);
   const size_t down_inputs_at = pieces.add(sizes(p.down, inner));
   char* memory = pieces.reserve();
   char *sum = memory + sum_at, *normed = memory + normed_at, *gate = memory + gate_at, *up = memory + up_at;
@@ -332,7 +335,7 @@ void mlp_rows(const MlpParams& p, int threads) {
   const LinearParams down = down_inputs.prepared(down_inputs.params, memory + down_inputs_at);
   const int64_t work = work_of(output) + work_of(gates) + work_of(ups) + work_of(down);
   const int team = team_size(work, threads, parallel_mlp_work);
-  const int64_t multiple = attended.layout.outputs, step = outputs_per_task(inner, multiple, team);
+  const int64_t multiple = attended.layout.outputs, step = gated ? multiple : outputs_per_task(inner, multiple, team);
   LayerTasks output_tasks(output, multiple, team), down_tasks(down, multiple, team);
   Tasks tasks((inner + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
@@ -348,6 +351,10 @@ void mlp_rows(const MlpParams& p, int threads) {
     });
     for (int64_t task; (task = tasks.take(thread)) >= 0;) {
       const int64_t begin = task * step, end = std::min(begin + step, inner);
+      if (gated) {
+        run.gated_linear(gates, ups, begin, end, memory + down_inputs_at);
+        continue;
+      }
       const auto row_of = [&](const LinearParams& layer, int64_t output) {
         return static_cast<const char*>(layer.weight) + output * layer.weight_stride * item;
       };
@@ -356,7 +363,7 @@ void mlp_rows(const MlpParams& p, int threads) {
       run.silu_multiply(gate + begin * item, up + begin * item, p.rows, end - begin, inner, p.dtype);
     }
 #pragma omp barrier
-    down_inputs.prepare(memory + down_inputs_at);
+    if (!gated) down_inputs.prepare(memory + down_inputs_at);
     down_tasks.run(run, thread);
 #pragma omp barrier
 #pragma omp for schedule(static)
