@@ -62,9 +62,9 @@ struct AttentionTiles<bf16_t> {
     if constexpr (G > 1 && W > 1) _tile_stored(3, scores + tile_rows * (score_stride + 1), 4 * score_stride);
   }
 
-  // scores[key][row] = key . query of `count` keys and one or two blocks of 16 rows.
-  static void score(const float* query, const bf16_t* keys, int64_t key_stride, int64_t dim, int64_t count, int64_t rows,
-                    float* scores, int64_t score_stride) {
+  // scores[key][row] = key . query of `count` keys, of `room` that may be read, and one or two blocks of 16 rows.
+  static void score(const float* query, const bf16_t* keys, int64_t key_stride, int64_t dim, int64_t count, int64_t room,
+                    int64_t rows, float* scores, int64_t score_stride) {
     const int64_t key_bytes = key_stride * sizeof(bf16_t);
     const auto run = [&](int64_t key, auto tiles) {
       constexpr int G = decltype(tiles)::value;
@@ -77,9 +77,11 @@ struct AttentionTiles<bf16_t> {
     for (; key + 2 * tile_rows <= count; key += 2 * tile_rows) run(key, std::integral_constant<int, 2>{});
     for (; key + tile_rows <= count; key += tile_rows) run(key, std::integral_constant<int, 1>{});
     if (key < count) {
-      configure_tiles(count - key);
+      // Another configuration takes longer than the scores of a tile.
+      const bool whole = key + tile_rows <= room;
+      if (!whole) configure_tiles(count - key);
       run(key, std::integral_constant<int, 1>{});
-      configure_tiles();
+      if (!whole) configure_tiles();
     }
     tile_barrier();
   }

@@ -44,7 +44,8 @@ struct Layout {
     query = 0;
     scores = query + padded_rows * p.dim;
     // Output, maxima and sums stand together: they are what a partial result consists of.
-    output = scores + keys * padded_rows;
+    // Tiles write the scores of 16 keys where there are fewer left.
+    output = scores + (uses_tiles(p) ? keys + lanes : keys) * padded_rows;
     peak = output + padded_rows * padded_value_dim;
     total = peak + padded_rows;
     correction = total + padded_rows;
@@ -167,17 +168,21 @@ CLLM_INLINE void in_blocks(int64_t count, const Body& body) {
 
 // One step of the online softmax of 16 rows: scores of keys [begin, end) become weights, and `correction` what
 // earlier sums must be multiplied by. `lowest`, `highest` and `own` are what each row sees: keys from `lowest` to
-// `highest`, but for those from `length` on that are before `own`. `all`: every row sees every key.
+// `highest`, but for those from `length` on that are before `own`. `all`: every row sees every key. Scores are to be
+// multiplied by `scale`.
 CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int64_t end, bool all,
                               const int32_t* lowest, const int32_t* highest, const int32_t* own, int32_t length,
-                              float softcap, float* peak, float* total, float* correction) {
+                              float scale, float softcap, float* peak, float* total, float* correction) {
   const int64_t keys = end - begin;
-  if (softcap > 0)
+  if (softcap > 0 || scale <= 0) {
     for (int64_t key = 0; key < keys; ++key)
       for (int v = 0; v < parts; ++v) {
         float* here = scores + key * stride + v * native;
-        store(here, softcap * tanh(load(here) / softcap));
+        const vfloat x = load(here) * scale;
+        store(here, softcap > 0 ? softcap * tanh(x / softcap) : x);
       }
+    scale = 1;
+  }
   if (!all)
     for (int v = 0; v < parts; ++v) {
       vint low, high, low_own;
@@ -200,12 +205,12 @@ CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int6
 #pragma GCC unroll 4
     for (int v = 0; v < parts; ++v) {
       const float* here = scores + key * stride + v * native;
-      new_peak[v] = max(load(here), new_peak[v]);
-      other_peak[v] = max(load(here + stride), other_peak[v]);
+      new_peak[v] = max(load(here) * scale, new_peak[v]);
+      other_peak[v] = max(load(here + stride) * scale, other_peak[v]);
     }
 #pragma GCC unroll 4
   for (int v = 0; v < parts; ++v) {
-    if (keys % 2) other_peak[v] = max(load(scores + (keys - 1) * stride + v * native), other_peak[v]);
+    if (keys % 2) other_peak[v] = max(load(scores + (keys - 1) * stride + v * native) * scale, other_peak[v]);
     new_peak[v] = max(other_peak[v], new_peak[v]);
   }
 #pragma GCC unroll 4
@@ -221,7 +226,7 @@ CLLM_INLINE void softmax_step(float* scores, int64_t stride, int64_t begin, int6
 #pragma GCC unroll 4
     for (int v = 0; v < parts; ++v) {
       float* here = scores + key * stride + v * native;
-      const vfloat weight = exp2(load(here) - shift[v]);
+      const vfloat weight = exp2(load(here) * scale - shift[v]);
       store(here, weight);
       sum[v] += weight;
     }
@@ -247,7 +252,9 @@ CLLM_INLINE void write_row(const AttentionParams& p, const AttentionTask& task, 
   p.lse[(task.row * p.heads + head) * p.width + token] = total == 0 ? -INFINITY : peak * ln2 + logf(total);
   factor = total == 0 ? 0 : factor / total;
   T* out = static_cast<T*>(p.out) + ((task.row * p.width + token) * p.heads + head) * p.value_dim;
-  for (int64_t d = 0; d < p.value_dim; ++d) narrow(output[d] * factor, out + d);
+  int64_t d = 0;
+  for (; d + native <= p.value_dim; d += native) store(out + d, load(output + d) * factor);
+  for (; d < p.value_dim; ++d) narrow(output[d] * factor, out + d);
 }
 
 template <class T>
@@ -279,18 +286,25 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   };
   if constexpr (Tiles::exist)
     if (tiles) Tiles::queries(query_row, padded, p.dim, query);
-  for (int64_t row = 0; row < padded; ++row) {
-    const int64_t token = task.first + minimum(row, rows - 1) / group;
-    if (!tiles) {
+  if (!tiles)
+    for (int64_t row = 0; row < padded; ++row) {
       const T* from = query_row(row);
       float* to = query + row / lanes * lanes * p.dim + row % lanes;
       for (int64_t d = 0; d < p.dim; ++d) to[d * lanes] = widen(from[d]) * scale;
     }
-    const int64_t inside = token % p.branch;
+  const bool chain = p.branch == p.width;
+  for (int64_t i = 0, row = 0; i < task.count; ++i) {
+    const int64_t token = task.first + i, inside = chain ? token : token % p.branch;
     const int64_t slid = p.sliding_window ? inside - p.sliding_window + 1 : -length;
-    lowest[row] = static_cast<int32_t>(maximum(start, length + slid));
-    highest[row] = static_cast<int32_t>(length + token);
-    own[row] = static_cast<int32_t>(maximum(start, length + token - inside + maximum(0, slid)));
+    const int64_t low = maximum(start, length + slid);
+    const int64_t low_own = maximum(start, length + token - inside + maximum(0, slid));
+    for (const int64_t behind = i + 1 < task.count ? row + group : padded; row < behind; ++row) {
+      lowest[row] = static_cast<int32_t>(low);
+      highest[row] = static_cast<int32_t>(length + token);
+      own[row] = static_cast<int32_t>(low_own);
+    }
+  }
+  for (int64_t row = 0; row < padded; ++row) {
     peak[row] = -INFINITY;
     total[row] = 0;
   }
@@ -307,7 +321,6 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   // What rows [row, last] see at most begins at least(row), and what all of them see is [all_least(last),
   // all_behind(row)). Of one chain, positions do not decrease along the rows. With branches they do, and all rows share
   // what is before the window.
-  const bool chain = p.branch == p.width;
   const int64_t first_slid = p.sliding_window ? length - p.sliding_window + 1 : 0;
   const int64_t last_slid = p.sliding_window ? first_slid + p.branch - 1 : 0;
   const auto least = [&](int64_t row) { return chain ? lowest[row] : maximum(start, first_slid); };
@@ -358,7 +371,8 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       }
       const bool all = all_least(row + lanes - 1) <= begin && end <= all_behind(row);
       softmax_step(scores + (begin - tile) * padded + row, padded, begin, end, all, lowest + row, highest + row,
-                   own + row, static_cast<int32_t>(length), softcap, peak + row, total + row, correction + row);
+                   own + row, static_cast<int32_t>(length), tiles ? scale : 1, softcap, peak + row, total + row,
+                   correction + row);
     };
     if constexpr (Tiles::exist) {
       // Rows go by pieces of two blocks of lanes, and what one step leaves for the next stays in the L1 cache.
@@ -368,16 +382,12 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         const int64_t row = i * piece, count = minimum(piece, padded - row);
         const auto [begin, end] = seen(row, count);
         Tiles::score(query + row * p.dim / 2, key_rows + begin * p.key_cache.strides[2], p.key_cache.strides[2], p.dim,
-                     end - begin, count, scores + (begin - tile) * padded + row, padded);
+                     end - begin, p.capacity - begin, count, scores + (begin - tile) * padded + row, padded);
       };
       const auto weights_of = [&](int64_t row) { return scratch + at.weights + row % (2 * piece) * at.keys / 2; };
       const auto weigh = [&](int64_t i) {
         for (int64_t row = i * piece; row < minimum((i + 1) * piece, padded); row += lanes) {
           const auto [begin, end] = seen(row, lanes);
-          for (int64_t key = begin - tile; key < end - tile; ++key) {
-            float* here = scores + key * padded + row;
-            store(here, load(here) * scale);
-          }
           softmax(row);
           if (packed) Tiles::pack_weights(scores + row, padded, begin - tile, end - tile, weights_of(row));
         }
