@@ -58,6 +58,18 @@ void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
   return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : bf16_inputs(p, row, to);
 }
 
+void linear_begin([[maybe_unused]] const LinearParams& p) {
+#if defined(__AMX_BF16__)
+  if (p.dtype == DType::bf16) amx_begin(p);
+#endif
+}
+
+void linear_end([[maybe_unused]] const LinearParams& p) {
+#if defined(__AMX_BF16__)
+  if (p.dtype == DType::bf16) _tile_release();
+#endif
+}
+
 void linear_any(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   return p.dtype == DType::f32 ? linear<float>(p, begin, end, next) : bf16_linear(p, begin, end, next);
 }
@@ -135,8 +147,9 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 }  // namespace
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
-    scratch_size, partial_size,      attend_any, merge_any,  linear_layout_any, linear_inputs_any, linear_any,
-    gated_linear, rms_norm_any, silu_multiply_any, add_any,    scale_logits_any, argmax_any,    sample_any, rotate_any,
+    scratch_size, partial_size, attend_any,   merge_any,         linear_layout_any, linear_inputs_any, linear_begin,
+    linear_end,   linear_any,   gated_linear, rms_norm_any,      silu_multiply_any, add_any,           scale_logits_any,
+    argmax_any,   sample_any,   rotate_any,
 };
 
 }  // namespace cllm::cpu

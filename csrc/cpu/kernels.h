@@ -52,6 +52,9 @@ struct Kernels {
   LinearLayout (*linear_layout)(const LinearParams&);
   // Writes the group of rows of x that begins with `row`, unless `linear` reads x where it lies.
   void (*linear_inputs)(const LinearParams&, int64_t row, void* to);
+  // What a thread calls before and after `linear` and `gated_linear`, for layers of one type and number of rows.
+  void (*linear_begin)(const LinearParams&);
+  void (*linear_end)(const LinearParams&);
   // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote. `next`: weights that are
   // read after these, or null where they lie behind them.
   void (*linear)(const LinearParams&, int64_t begin, int64_t end, const void* next);

@@ -246,11 +246,11 @@ void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* nex
   const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
   const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights(end);
   const int64_t block = amx_block_rows(p);
-  configure_tiles<Columns>();
   for (int64_t row = 0; row < p.rows; row += block)
     amx_block<Columns>(p, row, minimum(row + block, p.rows), begin, end, row + block < p.rows ? weights(begin) : last);
-  _tile_release();
 }
+
+void amx_begin(const LinearParams& p) { p.rows == 1 ? configure_tiles<1>() : configure_tiles(); }
 
 void amx_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   p.rows == 1 ? amx_rows<1>(p, begin, end, next) : amx_rows<tile_rows>(p, begin, end, next);
@@ -345,7 +345,6 @@ void amx_gated(const LinearParams& gate, const LinearParams& up, int64_t begin, 
   const auto weights = [&](const LinearParams& p, int64_t output) {
     return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
   };
-  configure_tiles();
   for (int64_t first = 0; first < gate.rows; first += block) {
     const int64_t behind = minimum(first + block, gate.rows), pairs = (behind - first + 2 * tile_rows - 1) / (2 * tile_rows);
     for (int64_t output = begin; output < end; output += tile_rows) {
@@ -367,7 +366,6 @@ void amx_gated(const LinearParams& gate, const LinearParams& up, int64_t begin, 
     }
   }
   results.finish();
-  _tile_release();
 }
 
 }  // namespace

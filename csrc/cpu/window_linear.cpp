@@ -106,6 +106,19 @@ struct Inputs {
   LinearLayout layout;
 };
 
+// Stands around a thread's part of linear layers.
+class LinearScope {
+ public:
+  LinearScope(const Kernels& run, const LinearParams& p) : run_(run), params_(p) { run.linear_begin(p); }
+  LinearScope(const LinearScope&) = delete;
+  LinearScope& operator=(const LinearScope&) = delete;
+  ~LinearScope() { run_.linear_end(params_); }
+
+ private:
+  const Kernels& run_;
+  const LinearParams& params_;
+};
+
 // Pieces of the scratch memory, each at a multiple of 64 bytes.
 class Pieces {
  public:
@@ -192,12 +205,14 @@ void linear(const LinearParams& params, int threads) {
   const int team = team_size(work_of(p), threads);
   if (team == 1) {
     inputs.prepare(memory);
+    const LinearScope scope(run, p);
     return run.linear(p, 0, p.outputs, nullptr);
   }
   LayerTasks tasks(p, inputs.layout.outputs, team);
 #pragma omp parallel num_threads(team)
   {
     inputs.prepare(memory);
+    const LinearScope scope(run, p);
     tasks.run(run, omp_get_thread_num());
   }
 }
@@ -222,6 +237,7 @@ void lm_head_argmax(const HeadParams& p, int threads) {
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     inputs.prepare(memory);
+    const LinearScope scope(run, prepared);
     const int thread = omp_get_thread_num();
     char* logits = memory + logits_at + thread * logits_size;
     for (int64_t task; (task = tasks.take(thread)) >= 0;) {
@@ -285,6 +301,7 @@ void qkv_rows(const QkvParams& p, int threads) {
       run.rms_norm(static_cast<const char*>(p.x) + row * row_bytes, p.norm, p.eps, p.hidden, normed + row * row_bytes,
                    p.dtype);
     });
+    const LinearScope scope(run, layers[0]);
     for (int64_t task; (task = tasks.take(omp_get_thread_num())) >= 0;) {
       const int i = task >= first[2] ? 2 : task >= first[1] ? 1 : 0;
       const int64_t begin = (task - first[i]) * step;
@@ -341,6 +358,7 @@ void mlp_rows(const MlpParams& p, int threads) {
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int thread = omp_get_thread_num();
+    const LinearScope scope(run, output);
     attended.prepare(memory + attended_at);
     output_tasks.run(run, thread);
 #pragma omp barrier
