@@ -10,6 +10,8 @@ namespace {
 // Starting threads pays for prompts, not for windows: one core copies this in a few hundred microseconds.
 constexpr int64_t parallel_bytes = 1 << 22;
 
+constexpr int64_t line = 64;  // bytes
+
 char* at(const Strided& tensor, int64_t i, int64_t j, int64_t k, int64_t bytes) {
   return static_cast<char*>(tensor.data) +
          (i * tensor.strides[0] + j * tensor.strides[1] + k * tensor.strides[2]) * bytes;
@@ -24,7 +26,12 @@ void copy_rows(const Strided& cache, const Strided& rows, int64_t row, int64_t h
     std::memcpy(to, from, width * row_bytes);
     return;
   }
-  for (int64_t i = 0; i < width; ++i) std::memcpy(to + i * to_step, from + i * from_step, row_bytes);
+  // Calls of memcpy with a size that is not known would take longer than the copies themselves.
+  const int64_t lines = row_bytes % line ? 0 : row_bytes / line;
+  for (int64_t i = 0; i < width; ++i, to += to_step, from += from_step) {
+    if (!lines) std::memcpy(to, from, row_bytes);
+    for (int64_t j = 0; j < lines; ++j) std::memcpy(to + j * line, from + j * line, line);
+  }
 }
 
 void rotate_rows(const AppendParams& p, const Kernels& run, int64_t row, int64_t head, int64_t bytes) {
