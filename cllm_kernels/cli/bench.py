@@ -8,7 +8,7 @@ import functools
 import gc
 import json
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -157,132 +157,157 @@ def run(
     dtype: torch.dtype,
     console: Console,
 ) -> list[dict]:
-    """One row for each model, batch size and method."""
+    """One row for each model, batch size and method.
+
+    In each round, the batch sizes of a model come one after the other, and on each input the methods.
+    """
     draft_model = load_model(draft, dtype)[0].to(device) if draft else None
     rows = []
     for name, path in models.items():
         model, tokenizer = load_model(path, dtype)
         model.to(device).eval()
         entries = read_workload(workload, data, prompts)
-        for batch in batches:
-            measured = _measure(
+        measurements = [
+            _Measurement(
                 model, tokenizer, entries, methods(block_sizes, batch, draft_model, compiled, max_batch_size), batch,
-                max_new_tokens, rounds, console, f"{name}, batch {batch}",
-            )  # fmt: skip
-            rows += [{"model": name, "workload": workload} | row for row in measured]
+                max_new_tokens,
+            )
+            for batch in batches
+        ]  # fmt: skip
+        for number in range(1, rounds + 1):
+            for measurement in measurements:
+                title = f"{name}, batch {measurement.batch}, round {number} of {rounds}"
+                measurement.run(functools.partial(track, description=title, console=console))
+        for measurement in measurements:
+            rows += [{"model": name, "workload": workload} | row for row in measurement.rows()]
     return rows
 
 
-def _measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    entries: list[dict],
-    found: list[Method],
-    batch: int,
-    max_new_tokens: int,
-    rounds: int,
-    console: Console,
-    title: str,
-) -> list[dict]:
-    tokenizer.padding_side = "left"
-    batches = _grouped(entries, batch)
-    batches = [chunk for chunk in batches if len(chunk) == batch] or batches
-    encoded = [
-        dict(
-            tokenizer(
-                [entry["prompt"] for entry in chunk], return_tensors="pt", padding=True, return_token_type_ids=False
-            ).to(model.device)
-        )
-        for chunk in batches
-    ]
-    runs = [method.make(model, max_new_tokens) for method in found]
-    peaks = []
-    for decode in runs:  # the first run compiles and is not counted
-        with _peak_memory(model.device) as peak:
-            decode(encoded[0])
-        peaks.append(peak[0])
-        decode(encoded[-1])
-    # Ours say what the prompt's forward took; of the others it is what one token takes.
-    first = [index for index, method in enumerate(found) if method.jacobi is None]
-    runs += [found[index].make(model, 1) for index in first]
-    turns = take_turns(runs, encoded, rounds, model.device, functools.partial(track, description=title, console=console))
-    seconds = [[statistics.median(taken for taken, _ in prompt) for prompt in own] for own in turns]
-    starts = dict(zip(first, seconds[len(found) :], strict=True))
-    prefills, outputs, statistics_of, certificates = [], [], [], []
-    for index, own in enumerate(turns[: len(found)]):
-        counts = [[run for _, (_, run) in prompt] for prompt in own]
-        prefills.append(
-            starts.get(index) or [statistics.median(run.prefill_seconds for run in prompt) for prompt in counts]
-        )
-        statistics_of.append([prompt[0] for prompt in counts if prompt[0] is not None])
-        widths = [inputs["input_ids"].shape[1] for inputs in encoded]
-        outputs.append(
-            [prompt[0][1][0][:, width:].tolist() for prompt, width in zip(own, widths, strict=True)]
-        )
-        certificates.append(
-            [
-                verify(model, **inputs, output=prompt[0][1][0], max_new_tokens=max_new_tokens, do_sample=False)
-                for inputs, prompt in zip(encoded, own, strict=True)
-            ]
-        )
-    stop = {model.generation_config.eos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
-    flat = [[_cut(row, stop) for rows in method for row in rows] for method in outputs]
-    queries = [entry["query"] for chunk in batches for entry in chunk]
-    base = sum(map(len, flat[0])) / sum(seconds[0])
-    rows = []
-    for index, method in enumerate(found):
-        tokens = sum(map(len, flat[index]))
-        ratios = [ar / own for ar, own in zip(seconds[0], seconds[index], strict=True)]
-        counts = statistics_of[index]
-        texts = tokenizer.batch_decode(flat[index], skip_special_tokens=True)
-        graded = [exact_match(text, query) for text, query in zip(texts, queries, strict=True) if query is not None]
-        sequences = len(flat[index])
-        decoding = sum(seconds[index]) - sum(prefills[index])
-        if counts:
-            prefill_tokens = sum(c.prefill_tokens for c in counts)
-            forwards = sum(c.forwards - c.prefill_forwards for c in counts)
-        else:  # a token in the first forward, and, where nothing drafts, one in each of the others
-            prefill_tokens = sequences
-            drafts = method.name not in ("hf_ar", "hf_ar_compiled")
-            forwards = None if drafts else sum(max(map(len, part)) - 1 for part in _grouped(flat[index], batch))
-        rows.append(
-            {
-                "method": method.name,
-                "block_size": method.jacobi.width if method.jacobi else 1,
-                "mode": method.jacobi.mode if method.jacobi else None,
-                "draft": method.jacobi.draft if method.jacobi else None,
-                "batch": batch,
-                "prompts": len(queries),
-                "tokens_per_second": tokens / sum(seconds[index]),
-                "decode_tokens_per_second": (tokens - prefill_tokens) / decoding,
-                "ms_per_forward": 1e3 * decoding / forwards if forwards else None,
-                "tokens_per_forward": sum(c.tokens for c in counts) / sum(c.iterations for c in counts) if counts else None,
-                "speedup": tokens / sum(seconds[index]) / base,
-                "speedup_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3,
-                "equal_to_hf_ar": _mean(own == ar for own, ar in zip(flat[index], flat[0], strict=True)),
-                # tokens that are not the argmax of their prefix, and those of them that rounding decided
-                "mismatches": sum(len(certificate.mismatches) for certificate in certificates[index]),
-                "near_ties": sum(certificate.near_ties for certificate in certificates[index]),
-                "exact_match": _mean(graded) if graded else None,
-                "degenerate": _mean(map(is_degenerate, flat[index])),
-                "fast_forwarded": sum(c.fast_forwarded for c in counts) / sequences if counts else None,
-                "stationary": sum(c.stationary for c in counts) / sequences if counts else None,
-                "paper_fast_forwarded": sum(c.paper_fast_forwarded for c in counts) / sequences if counts else None,
-                "paper_stationary": sum(c.paper_stationary for c in counts) / sequences if counts else None,
-                "accept_histogram": [sum(column) for column in zip(*(c.accept_histogram for c in counts), strict=True)],
-                "steps": _steps(counts),
-                "peak_memory_bytes": peaks[index],
-                "rounds": rounds,
-                "max_new_tokens": max_new_tokens,
-                "backend": counts[0].backend if counts else "transformers",
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "device": device_name(model.device),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            }
-        )
-    return rows
+class _Measurement:
+    """Of the methods with one model and batch size."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        entries: list[dict],
+        found: list[Method],
+        batch: int,
+        max_new_tokens: int,
+    ):
+        self.model, self.tokenizer, self.found = model, tokenizer, found
+        self.batch, self.max_new_tokens = batch, max_new_tokens
+        tokenizer.padding_side = "left"
+        batches = _grouped(entries, batch)
+        self.batches = [chunk for chunk in batches if len(chunk) == batch] or batches
+        self.encoded = [
+            dict(
+                tokenizer(
+                    [entry["prompt"] for entry in chunk], return_tensors="pt", padding=True, return_token_type_ids=False
+                ).to(model.device)
+            )
+            for chunk in self.batches
+        ]
+        self.runs = [method.make(model, max_new_tokens) for method in found]
+        self.peaks = []
+        for decode in self.runs:  # the first run compiles and is not counted
+            with _peak_memory(model.device) as peak:
+                decode(self.encoded[0])
+            self.peaks.append(peak[0])
+            decode(self.encoded[-1])
+        # Ours say what the prompt's forward took; of the others it is what one token takes.
+        self.first = [index for index, method in enumerate(found) if method.jacobi is None]
+        self.runs += [found[index].make(model, 1) for index in self.first]
+        self.turns: list[list[list]] = [[[] for _ in self.encoded] for _ in self.runs]  # [method][input][round]
+
+    def run(self, progress: Callable[[Iterable], Iterable]) -> None:
+        """One round."""
+        turns = take_turns(self.runs, self.encoded, 1, self.model.device, progress)
+        for own, new in zip(self.turns, turns, strict=True):
+            for prompt, times in zip(own, new, strict=True):
+                prompt += times
+
+    def rows(self) -> list[dict]:
+        model, tokenizer, found, encoded = self.model, self.tokenizer, self.found, self.encoded
+        seconds = [[statistics.median(taken for taken, _ in prompt) for prompt in own] for own in self.turns]
+        starts = dict(zip(self.first, seconds[len(found) :], strict=True))
+        prefills, outputs, statistics_of, certificates = [], [], [], []
+        for index, own in enumerate(self.turns[: len(found)]):
+            counts = [[run for _, (_, run) in prompt] for prompt in own]
+            prefills.append(
+                starts.get(index) or [statistics.median(run.prefill_seconds for run in prompt) for prompt in counts]
+            )
+            statistics_of.append([prompt[0] for prompt in counts if prompt[0] is not None])
+            widths = [inputs["input_ids"].shape[1] for inputs in encoded]
+            outputs.append(
+                [prompt[0][1][0][:, width:].tolist() for prompt, width in zip(own, widths, strict=True)]
+            )
+            certificates.append(
+                [
+                    verify(model, **inputs, output=prompt[0][1][0], max_new_tokens=self.max_new_tokens, do_sample=False)
+                    for inputs, prompt in zip(encoded, own, strict=True)
+                ]
+            )
+        stop = {model.generation_config.eos_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id} - {None}
+        flat = [[_cut(row, stop) for rows in method for row in rows] for method in outputs]
+        queries = [entry["query"] for chunk in self.batches for entry in chunk]
+        base = sum(map(len, flat[0])) / sum(seconds[0])
+        rows = []
+        for index, method in enumerate(found):
+            tokens = sum(map(len, flat[index]))
+            ratios = [ar / own for ar, own in zip(seconds[0], seconds[index], strict=True)]
+            counts = statistics_of[index]
+            texts = tokenizer.batch_decode(flat[index], skip_special_tokens=True)
+            graded = [exact_match(text, query) for text, query in zip(texts, queries, strict=True) if query is not None]
+            sequences = len(flat[index])
+            decoding = sum(seconds[index]) - sum(prefills[index])
+            if counts:
+                prefill_tokens = sum(c.prefill_tokens for c in counts)
+                forwards = sum(c.forwards - c.prefill_forwards for c in counts)
+            else:  # a token in the first forward, and, where nothing drafts, one in each of the others
+                prefill_tokens = sequences
+                drafts = method.name not in ("hf_ar", "hf_ar_compiled")
+                forwards = None if drafts else sum(max(map(len, part)) - 1 for part in _grouped(flat[index], self.batch))
+            rows.append(
+                {
+                    "method": method.name,
+                    "block_size": method.jacobi.width if method.jacobi else 1,
+                    "mode": method.jacobi.mode if method.jacobi else None,
+                    "draft": method.jacobi.draft if method.jacobi else None,
+                    "batch": self.batch,
+                    "prompts": len(queries),
+                    "tokens_per_second": tokens / sum(seconds[index]),
+                    "decode_tokens_per_second": (tokens - prefill_tokens) / decoding,
+                    "ms_per_forward": 1e3 * decoding / forwards if forwards else None,
+                    "tokens_per_forward": (
+                        sum(c.tokens for c in counts) / sum(c.iterations for c in counts) if counts else None
+                    ),
+                    "speedup": tokens / sum(seconds[index]) / base,
+                    "speedup_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3,
+                    "equal_to_hf_ar": _mean(own == ar for own, ar in zip(flat[index], flat[0], strict=True)),
+                    # tokens that are not the argmax of their prefix, and those of them that rounding decided
+                    "mismatches": sum(len(certificate.mismatches) for certificate in certificates[index]),
+                    "near_ties": sum(certificate.near_ties for certificate in certificates[index]),
+                    "exact_match": _mean(graded) if graded else None,
+                    "degenerate": _mean(map(is_degenerate, flat[index])),
+                    "fast_forwarded": sum(c.fast_forwarded for c in counts) / sequences if counts else None,
+                    "stationary": sum(c.stationary for c in counts) / sequences if counts else None,
+                    "paper_fast_forwarded": sum(c.paper_fast_forwarded for c in counts) / sequences if counts else None,
+                    "paper_stationary": sum(c.paper_stationary for c in counts) / sequences if counts else None,
+                    "accept_histogram": [sum(column) for column in zip(*(c.accept_histogram for c in counts), strict=True)],
+                    "steps": _steps(counts),
+                    "peak_memory_bytes": self.peaks[index],
+                    "rounds": len(self.turns[0][0]),
+                    "max_new_tokens": self.max_new_tokens,
+                    "backend": counts[0].backend if counts else "transformers",
+                    "dtype": str(model.dtype).removeprefix("torch."),
+                    "device": device_name(model.device),
+                    "threads": torch.get_num_threads(),
+                    "torch": torch.__version__,
+                    "transformers": transformers.__version__,
+                }
+            )
+        return rows
 
 
 def _cut(row: list[int], stop: set[int]) -> list[int]:
