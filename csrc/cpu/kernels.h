@@ -58,8 +58,8 @@ struct Kernels {
   // Outputs [begin, end) of all rows; x and its stride are those that `linear_inputs` wrote. `next`: weights that are
   // read after these, or null where they lie behind them.
   void (*linear)(const LinearParams&, int64_t begin, int64_t end, const void* next);
-  // silu(gate) * up of outputs [begin, end), two layers of the same x and shape, where their layout says so. Written as
-  // `linear_inputs` writes it for the layer behind them; `out` of both is not used.
+  // silu(gate) * up of outputs [begin, end), two layers of the same x and shape without a bias, where their layout says so.
+  // Written as `linear_inputs` writes it for the layer behind them; `out` of both is not used.
   void (*gated_linear)(const LinearParams& gate, const LinearParams& up, int64_t begin, int64_t end, void* to);
   // Of one row of fp32 or bf16; see row_ops.h.
   void (*rms_norm)(const void* x, const void* weight, float eps, int64_t count, void* out, DType dtype);

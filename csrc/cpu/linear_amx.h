@@ -256,18 +256,12 @@ void amx_linear(const LinearParams& p, int64_t begin, int64_t end, const void* n
   p.rows == 1 ? amx_rows<1>(p, begin, end, next) : amx_rows<tile_rows>(p, begin, end, next);
 }
 
-// A bias of tile_rows outputs from `output` on, with zeros behind `count`.
-CLLM_INLINE vfloat bias_of(const LinearParams& p, int64_t output, int64_t count) {
-  return p.bias ? load_some(static_cast<const bf16_t*>(p.bias) + output, count) : vfloat{};
-}
-
 // silu(gate) * up of up to 16 outputs of one or two panels. It is computed some at a time, beside the next sums, since
 // vectors and tiles have units of their own. Sums have rows in the lanes, and so have the panels of the layer behind.
 class GatedResults {
  public:
-  // The panels begin at `to`.
-  GatedResults(const LinearParams& gate, const LinearParams& up, void* to)
-      : gate_(gate), up_(up), to_(static_cast<char*>(to)) {}
+  // Of all outputs of the two layers, which have no bias; the panels begin at `to`.
+  GatedResults(int64_t outputs, void* to) : outputs_(outputs), to_(static_cast<char*>(to)) {}
 
   // Those of the sums in the tiles: 0 and 1 of the gate, 2 and 3 of the other layer, of P panels from `row` on.
   template <int P>
@@ -281,14 +275,12 @@ class GatedResults {
       _tile_stored(3, sums_[3], 64);
     }
     tile_barrier();
-    store(gate_bias_, bias_of(gate_, output, count));
-    store(up_bias_, bias_of(up_, output, count));
-    const int64_t row_bytes = round_up(gate_.outputs, tile_inputs) * sizeof(bf16_t);
+    const int64_t row_bytes = round_up(outputs_, tile_inputs) * sizeof(bf16_t);
     at_ = to_ + row * row_bytes + output * tile_rows * sizeof(bf16_t);
     panel_bytes_ = tile_rows * row_bytes;
     count_ = count;
     // With zeros for the second half of the last tile, where it has none.
-    const bool half = output % tile_inputs == 0 && output + tile_rows >= gate_.outputs;
+    const bool half = output % tile_inputs == 0 && output + tile_rows >= outputs_;
     pairs_ = half ? tile_rows : tile_rows / 2;
     panels_ = P;
     panel_ = pair_ = 0;
@@ -313,14 +305,15 @@ class GatedResults {
   // Of an output, in the lanes of its rows; 0 behind the last output.
   inline __attribute__((always_inline)) vfloat result(int64_t i) const {
     if (i >= count_) return vfloat{};
-    const vfloat gate = load(sums_[panel_] + i * tile_rows) + gate_bias_[i];
-    const vfloat up = load(sums_[2 + panel_] + i * tile_rows) + up_bias_[i];
-    return gated<bf16_t>(rounded<bf16_t>(gate), rounded<bf16_t>(up));
+    // Rounded as the results of linear layers.
+    const vfloat gate = load(sums_[panel_] + i * tile_rows), up = load(sums_[2 + panel_] + i * tile_rows);
+    const __m512i both = interleaved(_mm512_cvtne2ps_pbh(up, gate));
+    return gated<bf16_t>((vfloat)_mm512_slli_epi32(both, 16), (vfloat)_mm512_and_si512(both, _mm512_set1_epi32(~0xffff)));
   }
 
-  const LinearParams &gate_, &up_;
+  int64_t outputs_;
   char *to_, *at_ = nullptr;
-  alignas(64) float sums_[4][tile_rows * tile_rows], gate_bias_[tile_rows], up_bias_[tile_rows];
+  alignas(64) float sums_[4][tile_rows * tile_rows];
   int64_t panel_bytes_ = 0, count_ = 0;
   int panels_ = 0, panel_ = 0, pairs_ = 0, pair_ = 0;
 };
@@ -341,7 +334,7 @@ CLLM_INLINE void gated_tile(const LinearParams& gate, const LinearParams& up, in
 // See `gated_linear` in kernels.h.
 void amx_gated(const LinearParams& gate, const LinearParams& up, int64_t begin, int64_t end, void* to) {
   const int64_t block = amx_block_rows(gate);
-  GatedResults results(gate, up, to);
+  GatedResults results(gate.outputs, to);
   const auto weights = [&](const LinearParams& p, int64_t output) {
     return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
   };

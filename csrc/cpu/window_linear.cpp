@@ -334,7 +334,7 @@ void mlp_rows(const MlpParams& p, int threads) {
   const size_t attended_at = pieces.add(sizes(p.output, p.inputs));
   const size_t sum_at = pieces.add(p.rows * row_bytes);
   const size_t normed_at = pieces.add(p.rows * row_bytes), gate_inputs_at = pieces.add(sizes(p.gate, p.hidden));
-  const bool gated = p.gate.stride == p.up.stride &&
+  const bool gated = p.gate.stride == p.up.stride && !p.gate.bias && !p.up.bias &&
                      run.linear_layout(layer(p.gate, nullptr, p.hidden, nullptr, p.rows, p.dtype)).gated;
   const size_t between = gated ? 0 : p.rows * inner * item;
   const size_t gate_at = pieces.add(between), up_at = pieces.add(between);
