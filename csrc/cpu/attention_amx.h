@@ -8,8 +8,9 @@
 namespace cllm::cpu {
 namespace {
 
-// Keys of a step, a multiple of 32: with heads of 64 values all that a step reads and writes fits in the L1 cache.
-constexpr int64_t amx_keys = 64;
+// Keys of a step, a multiple of 32: each step loads, scales and stores the output once, and with 256 and heads of 128 values
+// what it reads and writes begins to leave the L1 cache.
+constexpr int64_t amx_keys = 128;
 
 template <class T>
 struct AttentionTiles {
