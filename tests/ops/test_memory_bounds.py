@@ -11,7 +11,7 @@ import mmap
 import pytest
 import torch
 
-from cllm_kernels.ops import block_attention, window_linear
+from cllm_kernels.ops import block_attention, window_linear, window_mlp
 
 PAGE = mmap.PAGESIZE
 
@@ -48,6 +48,19 @@ def test_linear(rows, dtype, backend, at_the_end):
             x, weight, bias = (torch.randn(*shape).to(dtype) for shape in ((rows, inputs), (outputs, inputs), (outputs,)))
             want = window_linear(x, weight, bias, backend)
             assert torch.equal(window_linear(*map(at_the_end, (x, weight, bias)), backend), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 33, 70])
+def test_mlp(rows, dtype, backend, at_the_end):
+    for hidden, inner in ((31, 40), (64, 33), (77, 64), (24, 7)):
+        shapes = (1, rows, hidden), (1, rows, 16), (hidden, 16), (hidden,), (inner, hidden), (inner, hidden), (hidden, inner)
+        tensors = [torch.randn(*shape).to(dtype) for shape in shapes]
+
+        def run(x, attended, output, norm, gate, up, down):
+            return window_mlp(x, attended, output, norm, 1e-6, gate, up, down, backend=backend)
+
+        assert torch.equal(run(*map(at_the_end, tensors)), run(*tensors))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
