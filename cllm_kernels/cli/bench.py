@@ -184,7 +184,7 @@ def run(
 
 
 class _Measurement:
-    """Of the methods with one model and batch size."""
+    """The methods on one model, with batches of one size, round by round."""
 
     def __init__(
         self,

@@ -41,11 +41,15 @@ void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t spl
 #if defined(__AMX_BF16__)
 constexpr auto bf16_layout = amx_layout;
 constexpr auto bf16_inputs = amx_inputs;
+constexpr auto bf16_begin = amx_begin;
+constexpr auto bf16_end = amx_end;
 constexpr auto bf16_linear = amx_linear;
 constexpr auto gated_linear = amx_gated;
 #else
 constexpr auto bf16_layout = linear_layout<bf16_t>;
 constexpr auto bf16_inputs = linear_inputs<bf16_t>;
+void bf16_begin(const LinearParams&) {}
+void bf16_end(const LinearParams&) {}
 constexpr auto bf16_linear = linear<bf16_t>;
 constexpr decltype(Kernels::gated_linear) gated_linear = nullptr;  // no layout asks for it
 #endif
@@ -58,16 +62,12 @@ void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
   return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : bf16_inputs(p, row, to);
 }
 
-void linear_begin([[maybe_unused]] const LinearParams& p) {
-#if defined(__AMX_BF16__)
-  if (p.dtype == DType::bf16) amx_begin(p);
-#endif
+void linear_begin_any(const LinearParams& p) {
+  if (p.dtype == DType::bf16) bf16_begin(p);
 }
 
-void linear_end([[maybe_unused]] const LinearParams& p) {
-#if defined(__AMX_BF16__)
-  if (p.dtype == DType::bf16) _tile_release();
-#endif
+void linear_end_any(const LinearParams& p) {
+  if (p.dtype == DType::bf16) bf16_end(p);
 }
 
 void linear_any(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
@@ -147,9 +147,9 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 }  // namespace
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
-    scratch_size, partial_size, attend_any,   merge_any,         linear_layout_any, linear_inputs_any, linear_begin,
-    linear_end,   linear_any,   gated_linear, rms_norm_any,      silu_multiply_any, add_any,           scale_logits_any,
-    argmax_any,   sample_any,   rotate_any,
+    scratch_size,   partial_size, attend_any,   merge_any,    linear_layout_any, linear_inputs_any, linear_begin_any,
+    linear_end_any, linear_any,   gated_linear, rms_norm_any, silu_multiply_any, add_any,           scale_logits_any,
+    argmax_any,     sample_any,   rotate_any,
 };
 
 }  // namespace cllm::cpu

@@ -36,9 +36,9 @@ constexpr int64_t page_bytes = 4096;
 
 // How `linear` takes a layer.
 struct LinearLayout {
-  int64_t outputs;   // those of a task are a multiple of these
-  int64_t rows;      // x is written in groups of so many rows, the last one as if it were whole
-  size_t row_bytes;  // of x then; 0: it is read where it lies
+  int64_t outputs;     // those of a task are a multiple of these
+  int64_t rows;        // x is written in groups of so many rows, the last one as if it were whole
+  size_t row_bytes;    // of x then; 0: it is read where it lies
   bool gated = false;  // `gated_linear` takes it
 };
 

@@ -30,12 +30,16 @@ CLLM_INLINE __m512i inputs_from(const bf16_t* row, int64_t k, int64_t inputs) {
   return load_register<__m512i, true>(row + k, minimum(tile_inputs, inputs - k));
 }
 
+CLLM_INLINE const bf16_t* weights_of(const LinearParams& p, int64_t output) {
+  return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
+}
+
 // Of few rows, weights that come from memory bind, and `amx_block` fetches these better than `amx_gated`.
 LinearLayout amx_layout(const LinearParams& p) {
+  const size_t row_bytes = round_up(p.inputs, tile_inputs) * sizeof(bf16_t);
+  if (p.rows == 1) return {2 * tile_rows, 1, p.inputs % tile_inputs ? row_bytes : 0};
   const int64_t weight_bytes = p.outputs * p.weight_stride * sizeof(bf16_t);
-  const bool gated = p.rows > 4 * tile_rows || (p.rows > 1 && weight_bytes <= amx_gated_bytes);
-  if (p.rows == 1 && p.inputs % tile_inputs == 0) return {2 * tile_rows, 1, 0, gated};
-  return {2 * tile_rows, p.rows == 1 ? 1 : tile_rows, round_up(p.inputs, tile_inputs) * sizeof(bf16_t), gated};
+  return {2 * tile_rows, tile_rows, row_bytes, p.rows > 4 * tile_rows || weight_bytes <= amx_gated_bytes};
 }
 
 // A panel of x from `row` on: tiles over the inputs, each [16 pairs, rows].
@@ -167,8 +171,7 @@ CLLM_INLINE void amx_sums(const LinearParams& p, int64_t row, const bf16_t* weig
 // Outputs [output, output + count), of G tiles, of P panels from `row` on. Meanwhile `next` is fetched.
 template <int G, int P, int Columns>
 void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count, const FetchedRows& next) {
-  amx_sums<G, P, Columns>(p, row, static_cast<const bf16_t*>(p.weight) + output * p.weight_stride,
-                          tile_rows * p.weight_stride, minimum(count, tile_rows), next);
+  amx_sums<G, P, Columns>(p, row, weights_of(p, output), tile_rows * p.weight_stride, minimum(count, tile_rows), next);
   alignas(64) float sums[tile_rows * Columns];
   const auto results = [&](int g, int panel) {
     tile_barrier();
@@ -209,7 +212,7 @@ void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begi
     last = spread ? minimum(begin + tiles * ++band / bands * tile_rows, end)
                   : first + (left >= most ? most : minimum(left, tile_rows));
     const int64_t step = spread ? tile_rows : last - first, groups = (last - first + step - 1) / step;
-    const bf16_t* next = last < end ? static_cast<const bf16_t*>(p.weight) + last * p.weight_stride : after;
+    const bf16_t* next = last < end ? weights_of(p, last) : after;
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t output = first + group * step, count = minimum(step, last - output);
       if (count < tile_rows) configure_tiles<Columns>(count);
@@ -243,14 +246,14 @@ CLLM_INLINE int64_t amx_block_rows(const LinearParams& p) {
 
 template <int Columns>
 void amx_rows(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
-  const auto weights = [&](int64_t output) { return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride; };
-  const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights(end);
+  const bf16_t* last = next ? static_cast<const bf16_t*>(next) : weights_of(p, end);
   const int64_t block = amx_block_rows(p);
   for (int64_t row = 0; row < p.rows; row += block)
-    amx_block<Columns>(p, row, minimum(row + block, p.rows), begin, end, row + block < p.rows ? weights(begin) : last);
+    amx_block<Columns>(p, row, minimum(row + block, p.rows), begin, end, row + block < p.rows ? weights_of(p, begin) : last);
 }
 
 void amx_begin(const LinearParams& p) { p.rows == 1 ? configure_tiles<1>() : configure_tiles(); }
+void amx_end(const LinearParams&) { _tile_release(); }
 
 void amx_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   p.rows == 1 ? amx_rows<1>(p, begin, end, next) : amx_rows<tile_rows>(p, begin, end, next);
@@ -322,9 +325,8 @@ class GatedResults {
 template <int P, class Fetch>
 CLLM_INLINE void gated_tile(const LinearParams& gate, const LinearParams& up, int64_t row, int64_t output, int64_t count,
                             const Fetch& fetch, GatedResults& results) {
-  const bf16_t* weight = static_cast<const bf16_t*>(gate.weight) + output * gate.weight_stride;
-  const bf16_t* other = static_cast<const bf16_t*>(up.weight) + output * up.weight_stride;
-  amx_sums<2, P, tile_rows>(gate, row, weight, other - weight, count, [&](int64_t k) {
+  const bf16_t* weight = weights_of(gate, output);
+  amx_sums<2, P, tile_rows>(gate, row, weight, weights_of(up, output) - weight, count, [&](int64_t k) {
     fetch(k);
     results.some();
   });
@@ -335,9 +337,6 @@ CLLM_INLINE void gated_tile(const LinearParams& gate, const LinearParams& up, in
 void amx_gated(const LinearParams& gate, const LinearParams& up, int64_t begin, int64_t end, void* to) {
   const int64_t block = amx_block_rows(gate);
   GatedResults results(gate.outputs, to);
-  const auto weights = [&](const LinearParams& p, int64_t output) {
-    return static_cast<const bf16_t*>(p.weight) + output * p.weight_stride;
-  };
   for (int64_t first = 0; first < gate.rows; first += block) {
     const int64_t behind = minimum(first + block, gate.rows), pairs = (behind - first + 2 * tile_rows - 1) / (2 * tile_rows);
     for (int64_t output = begin; output < end; output += tile_rows) {
@@ -346,8 +345,8 @@ void amx_gated(const LinearParams& gate, const LinearParams& up, int64_t begin, 
       for (int64_t i = 0; i < pairs; ++i) {
         const int64_t row = first + 2 * i * tile_rows, fetched = tile_rows * i / pairs;
         const int64_t next = output + tile_rows + fetched, rows = tile_rows * (i + 1) / pairs - fetched;
-        const FetchedRows gates{weights(gate, next), gate.weight_stride, rows, fetched_inputs};
-        const FetchedRows ups{weights(up, next), up.weight_stride, rows, fetched_inputs};
+        const FetchedRows gates{weights_of(gate, next), gate.weight_stride, rows, fetched_inputs};
+        const FetchedRows ups{weights_of(up, next), up.weight_stride, rows, fetched_inputs};
         const auto fetch = [&](int64_t k) {
           gates(k);
           ups(k);

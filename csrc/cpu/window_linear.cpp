@@ -327,18 +327,18 @@ void qkv_rows(const QkvParams& p, int threads) {
 void mlp_rows(const MlpParams& p, int threads) {
   const Kernels& run = kernels();
   const int64_t item = element_size(p.dtype), row_bytes = p.hidden * item, inner = p.gate.outputs;
-  const auto sizes = [&](const LinearWeights& w, int64_t inputs) {
-    return Inputs(run, layer(w, nullptr, inputs, nullptr, p.rows, p.dtype)).size();
+  const auto inputs_of = [&](const LinearWeights& w, int64_t inputs) {
+    return Inputs(run, layer(w, nullptr, inputs, nullptr, p.rows, p.dtype));
   };
+  const Inputs sizes = inputs_of(p.gate, p.hidden);  // as in `qkv_rows`
+  const bool gated = sizes.layout.gated && p.gate.stride == p.up.stride && !p.gate.bias && !p.up.bias;
   Pieces pieces;
-  const size_t attended_at = pieces.add(sizes(p.output, p.inputs));
+  const size_t attended_at = pieces.add(inputs_of(p.output, p.inputs).size());
   const size_t sum_at = pieces.add(p.rows * row_bytes);
-  const size_t normed_at = pieces.add(p.rows * row_bytes), gate_inputs_at = pieces.add(sizes(p.gate, p.hidden));
-  const bool gated = p.gate.stride == p.up.stride && !p.gate.bias && !p.up.bias &&
-                     run.linear_layout(layer(p.gate, nullptr, p.hidden, nullptr, p.rows, p.dtype)).gated;
+  const size_t normed_at = pieces.add(p.rows * row_bytes), gate_inputs_at = pieces.add(sizes.size());
   const size_t between = gated ? 0 : p.rows * inner * item;
   const size_t gate_at = pieces.add(between), up_at = pieces.add(between);
-  const size_t down_inputs_at = pieces.add(sizes(p.down, inner));
+  const size_t down_inputs_at = pieces.add(inputs_of(p.down, inner).size());
   char* memory = pieces.reserve();
   char *sum = memory + sum_at, *normed = memory + normed_at, *gate = memory + gate_at, *up = memory + up_at;
   char* out = static_cast<char*>(p.out);
