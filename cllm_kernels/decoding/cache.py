@@ -7,6 +7,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from ..ops import append_kv_
+from ..ops.decoder_layers import DecoderLayers
 
 # The cache among a model's arguments and outputs. Transformers 5.24 gave it this name; the old one is to go in 5.40.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -28,6 +29,7 @@ class JacobiCache(Cache):
     Attributes:
         keep: for how many of the last positions of the next forward its outputs are asked for; None for all.
         angles: cos and sin ``[1, capacity, D]`` of every position, where a model's rotary embedding is asked for them once.
+        decoder: what runs all layers in one call, where a model's layers are such.
     """
 
     def __init__(self, lengths: torch.Tensor, capacity: int, backend: str = "auto", zeros: bool = False):
@@ -38,6 +40,7 @@ class JacobiCache(Cache):
         self.zeros = zeros
         self.keep: int | None = None
         self.angles: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.decoder: DecoderLayers | None = None
         self._buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
@@ -59,19 +62,31 @@ class JacobiCache(Cache):
         query: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`update` of keys that are not rotated yet; cos, sin and query as ``append_kv_`` takes them."""
-        buffers = self._buffers.get(layer_idx)
-        if buffers is None:
-            fresh = torch.zeros if self.zeros else torch.empty
-            buffers = self._buffers[layer_idx] = tuple(
-                fresh(*states.shape[:2], self.capacity, states.shape[3], dtype=states.dtype, device=states.device)
-                for states in (key_states, value_states)
-            )
+        shapes = [(*states.shape[:2], states.shape[3]) for states in (key_states, value_states)]
+        buffers = self.room(layer_idx, *shapes, key_states.dtype, key_states.device)
         rows, lengths = key_states.shape[0], self.lengths
         if rows < lengths.shape[0]:
             lengths = lengths[:rows]
         if rows < buffers[0].shape[0]:
             buffers = tuple(buffer[:rows] for buffer in buffers)
         append_kv_(*buffers, key_states, value_states, lengths, cos, sin, query, self.backend)
+        return buffers
+
+    def room(
+        self,
+        layer_idx: int,
+        keys: tuple[int, int, int],
+        values: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A layer's whole buffers, made for windows of keys and values with (B, Hkv, D) if there are none."""
+        buffers = self._buffers.get(layer_idx)
+        if buffers is None:
+            fresh = torch.zeros if self.zeros else torch.empty
+            buffers = self._buffers[layer_idx] = tuple(
+                fresh(*shape[:2], self.capacity, shape[2], dtype=dtype, device=device) for shape in (keys, values)
+            )
         return buffers
 
     def move_row(self, source: int, target: int) -> None:

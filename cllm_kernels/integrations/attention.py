@@ -129,8 +129,8 @@ def submodules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether forward hooks of its own run around the module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a call of the module runs more than its forward: hooks of its own, or what ``compile`` made of it."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None)
 
 
 @contextlib.contextmanager

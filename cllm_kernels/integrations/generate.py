@@ -40,7 +40,7 @@ from ..decoding.session import may_capture, runs_on_device
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask, submodules
-from .optimize import keeps_last
+from .optimize import keeps_last, window_logits
 from .optimize import optimize as optimized
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -645,15 +645,10 @@ def window_forward(
         cache.keep = keep if trims else None
         call = compiled if compiled is not None and tokens.shape[1] == keep else model
         mask = dense_mask(rows, tokens.shape[1], capacity, dtype, branch) if native else as_mask(rows, branch)
-        outputs = call(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            **{CACHE_NAME: cache},
-            **options,
-        )
-        return outputs.logits[:, -keep:]
+        inputs = {"attention_mask": mask, "position_ids": positions, "use_cache": True}
+        if trims and call is model and (logits := window_logits(model, tokens, cache, keep, **inputs)) is not None:
+            return logits
+        return call(input_ids=tokens, **inputs, **{CACHE_NAME: cache}, **options).logits[:, -keep:]
 
     return forward, cache
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -20,7 +21,8 @@ from .. import backends
 from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, rms_norm, window_linear, window_mlp, window_qkv
-from ..ops._library import FLOAT_DTYPES
+from ..ops._library import FLOAT_DTYPES, watched
+from ..ops.decoder_layers import DecoderLayer, DecoderLayers
 from ..ops.window_linear import DTYPES, fast_rows
 from .attention import from_mask, has_hooks, submodules
 from .gpu_layers import GpuLayer, is_known, run_layers
@@ -135,8 +137,7 @@ def _facts(model: nn.Module, backend: str) -> list:
     facts: list = [backend]
     for module in submodules(model):
         own = module.__dict__
-        hooks = bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
-        facts.append((id(module), type(module), "forward" in own, hooks, id(own["_parameters"])))
+        facts.append((id(module), type(module), "forward" in own, has_hooks(module), id(own["_parameters"])))
         facts.extend((name, id(child)) for name, child in own["_modules"].items())
         for name, tensor in own["_parameters"].items():
             if type(tensor) is nn.Parameter:
@@ -219,17 +220,26 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
     query, key, value, output = (getattr(attention, f"{name}_proj")._parameters for name in "qkvo")
     gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
 
+    def weights() -> DecoderLayer:
+        """Read anew in each call, lest one that was replaced stay in use."""
+        return DecoderLayer(
+            first._parameters["weight"], first.variance_epsilon, query["weight"], key["weight"], value["weight"],
+            query["bias"], key["bias"], value["bias"],
+            None if query_norm is None else query_norm._parameters["weight"],
+            None if key_norm is None else key_norm._parameters["weight"],
+            0.0 if query_norm is None else query_norm.variance_epsilon,
+            output["weight"], output["bias"], second._parameters["weight"], second.variance_epsilon,
+            gate["weight"], up["weight"], down["weight"], attention.scaling, window(attention) or 0,
+        )  # fmt: skip
+
     def run(hidden_states, mask, angles, cache, keep, packing):
         cos, sin = angles
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
+        w = weights()
         q, k, v = window_qkv(
-            hidden_states, first._parameters["weight"], first.variance_epsilon,
-            query["weight"], key["weight"], value["weight"], cos, sin, query["bias"], key["bias"], value["bias"],
-            None if query_norm is None else query_norm._parameters["weight"],
-            None if key_norm is None else key_norm._parameters["weight"],
-            0.0 if query_norm is None else query_norm.variance_epsilon,
-            "cpp",
+            hidden_states, w.norm, w.eps, w.query, w.key, w.value, cos, sin, w.query_bias, w.key_bias, w.value_bias,
+            w.query_norm, w.key_norm, w.head_eps, "cpp",
         )  # fmt: skip
         if packing is not None:
             q, k, v = map(packing.unpack, (q, k, v))
@@ -240,16 +250,16 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
             q = q[:, -keep:]
             hidden_states = hidden_states[:, -keep:] if packing is None else packing.last(hidden_states, keep)
         attended, _ = block_attention(
-            q, keys, values, lengths, starts, attention.scaling, window(attention) or 0, 0.0, None, branch, cache.backend
+            q, keys, values, lengths, starts, w.scale, w.sliding_window, 0.0, None, branch, cache.backend
         )
         attended = attended.flatten(2)
         if packing is not None and keep is None:
             attended = packing.pack(attended)
         return window_mlp(
-            hidden_states, attended, output["weight"], second._parameters["weight"], second.variance_epsilon,
-            gate["weight"], up["weight"], down["weight"], output["bias"], "cpp",
-        )  # fmt: skip
+            hidden_states, attended, w.output, w.mlp_norm, w.mlp_eps, w.gate, w.up, w.down, w.output_bias, "cpp"
+        )
 
+    run.weights = weights
     return run
 
 
@@ -320,7 +330,22 @@ def _swapped_decoder(model: nn.Module, backend: str) -> Callable:
         )
         return BaseModelOutputWithPast(last_hidden_state=hidden, **{CACHE_NAME: cache})
 
+    if run is _run_layers:
+        forward.run = run
     return forward
+
+
+def window_logits(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, keep: int, **options) -> torch.Tensor | None:
+    """The last ``keep`` logits of a model that :func:`keeps_last`; None where its decoder is not swapped or has hooks.
+
+    A call of the model would make two objects around them and look for defaults, which takes as long as some layers of a
+    small model.
+    """
+    decoder = model._modules["model"]
+    run = getattr(decoder.__dict__.get("forward"), "run", None)
+    if run is None or "forward" in model.__dict__ or _has_any_global_hook() or has_hooks(model) or has_hooks(decoder):
+        return None
+    return model.lm_head(run(decoder, input_ids, cache, **options)[:, -keep:])
 
 
 def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, **options) -> torch.Tensor:
@@ -339,14 +364,42 @@ def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, *
     options |= {"position_embeddings": angles, CACHE_NAME: cache}
     if packing is not None:
         options["packing"] = packing
-    for layer in layers:
-        hidden = layer(hidden, **options)
+    if keep is None:
+        layers = all_layers
+    held = None if packing is not None else _held_layers(all_layers, hidden, cache, angles[0].shape[2])
+    if held is None:
+        for layer in layers:
+            hidden = layer(hidden, **options)
+    elif layers:
+        lengths, starts, branch = from_mask(options["attention_mask"])
+        cos, sin = (x if x.shape[0] == len(hidden) else x.expand(len(hidden), -1, -1) for x in angles)
+        hidden = held(hidden, cos, sin, lengths, starts, branch, len(layers))
     if keep is not None:
-        options["keep"] = keep
-    hidden, norm = last(hidden, **options), model.norm
+        hidden = last(hidden, keep=keep, **options)
+    norm = model.norm
     if not (is_known(norm, last.input_layernorm, hidden) and last.forward.takes(hidden, cache)):
         return norm(hidden)
     return rms_norm(hidden, norm._parameters["weight"], norm.variance_epsilon, "cpp")
+
+
+def _held_layers(layers: list[nn.Module], hidden: torch.Tensor, cache: JacobiCache, dim: int) -> DecoderLayers | None:
+    """All layers of a model, each swapped, as one; None where they have to be called one by one.
+
+    They are made once a decode, so weights that are replaced while it runs are in use from the next one on.
+    """
+    if _has_any_global_hook() or any(map(has_hooks, layers)) or not layers[0].forward.takes(hidden, cache):
+        return None
+    if torch.compiler.is_compiling() or watched(hidden):
+        return None
+    if cache.decoder is None and resolve(cache.backend, hidden.device) == "cpp":
+        weights = [layer.forward.run.weights() for layer in layers]
+        buffers = []
+        for layer, of_layer in zip(layers, weights, strict=True):
+            shape = hidden.shape[0], of_layer.key.shape[0] // dim, dim
+            buffers.append(cache.room(layer.self_attn.layer_idx, shape, shape, hidden.dtype, hidden.device))
+        with contextlib.suppress(ValueError):  # the ops can do with more, or say what is wrong
+            cache.decoder = DecoderLayers(weights, buffers, dim)
+    return cache.decoder
 
 
 def _angles(

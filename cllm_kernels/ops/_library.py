@@ -37,7 +37,7 @@ def register(schema: str, implementation: Callable, fake: Callable, direct: Call
         if torch.compiler.is_compiling():
             return overload(*arguments)
         types = tuple(map(type, arguments))
-        if types in accepted and not _watched(arguments[0]):
+        if types in accepted and not watched(arguments[0]):
             return direct(*arguments)
         result = overload(*arguments)
         if _PLAIN.issuperset(types):
@@ -50,7 +50,7 @@ def register(schema: str, implementation: Callable, fake: Callable, direct: Call
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str))
 
 
-def _watched(tensor: torch.Tensor) -> bool:
+def watched(tensor: torch.Tensor) -> bool:
     """Whether autograd, a dispatch mode, a transform of functorch, a profiler or the meta device takes calls."""
     return (
         torch.is_grad_enabled()

@@ -40,22 +40,30 @@ def window_mlp(
     return _call(x, attended, output, norm, eps, gate, up, down, output_bias, backend)
 
 
-def _fits(x, attended, output, norm, gate, up, down, output_bias) -> bool:
+def mlp_weights_fit(hidden, inputs, dtype, output, norm, gate, up, down, output_bias) -> bool:
+    """Whether a layer's weights are as `window_mlp` wants them on the CPU; False leaves it open."""
+    inner = gate.shape[0]
+    return (
+        fits(norm, (hidden,), dtype)
+        and layer_fits(output, output_bias, (hidden, inputs), dtype)
+        and layer_fits(gate, None, (inner, hidden), dtype)
+        and layer_fits(up, None, (inner, hidden), dtype)
+        and layer_fits(down, None, (hidden, inner), dtype)
+    )
+
+
+def _fits(x, attended, *weights) -> bool:
     """Whether `_check` would pass, for the arguments of every layer of every forward; False leaves it open."""
     shape, dtype = x.shape, x.dtype
     if len(shape) != 3 or dtype not in DTYPES or not x.is_cpu:
         return False
     batch, width, hidden = shape
-    inputs, inner = attended.shape[-1], gate.shape[0]
+    inputs = attended.shape[-1]
     return (
         batch * width >= 1
         and hidden >= 1 <= inputs
         and fits(attended, (batch, width, inputs), dtype)
-        and fits(norm, (hidden,), dtype)
-        and layer_fits(output, output_bias, (hidden, inputs), dtype)
-        and layer_fits(gate, None, (inner, hidden), dtype)
-        and layer_fits(up, None, (inner, hidden), dtype)
-        and layer_fits(down, None, (hidden, inner), dtype)
+        and mlp_weights_fit(hidden, inputs, dtype, *weights)
     )
 
 

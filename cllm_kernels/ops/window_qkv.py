@@ -49,21 +49,14 @@ def window_qkv(
     )  # fmt: skip
 
 
-def _fits(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias, query_norm, key_norm) -> bool:
-    """Whether `_check` would pass, for the arguments of every layer of every forward; False leaves it open."""
-    shape, dtype = x.shape, x.dtype
-    if len(shape) != 3 or dtype not in DTYPES or not x.is_cpu:
-        return False
-    batch, width, hidden = shape
-    dim, queries, keys = cos.shape[-1], query.shape[0], key.shape[0]
+def qkv_weights_fit(
+    hidden, dim, dtype, norm, query, key, value, query_bias, key_bias, value_bias, query_norm, key_norm
+) -> bool:  # fmt: skip
+    """Whether a layer's weights are as `window_qkv` wants them on the CPU; False leaves it open."""
+    queries, keys = query.shape[0], key.shape[0]
     return (
-        batch * width >= 1
-        and hidden >= 1
-        and dim >= 2
-        and dim % 2 == queries % dim == keys % dim == 0
+        queries % dim == keys % dim == 0
         and fits(norm, (hidden,), dtype)
-        and fits(cos, (batch, width, dim), dtype)
-        and fits(sin, (batch, width, dim), dtype)
         and layer_fits(query, query_bias, (queries, hidden), dtype)
         and layer_fits(key, key_bias, (keys, hidden), dtype)
         and layer_fits(value, value_bias, (keys, hidden), dtype)
@@ -72,8 +65,26 @@ def _fits(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias
     )
 
 
+def qkv_inputs_fit(x, cos, sin) -> bool:
+    """The same of what is no weight."""
+    shape, dtype = x.shape, x.dtype
+    if len(shape) != 3 or dtype not in DTYPES or not x.is_cpu:
+        return False
+    batch, width, hidden = shape
+    dim = cos.shape[-1]
+    return (
+        batch * width >= 1
+        and hidden >= 1
+        and dim >= 2
+        and dim % 2 == 0
+        and fits(cos, (batch, width, dim), dtype)
+        and fits(sin, (batch, width, dim), dtype)
+    )
+
+
 def _check(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias, query_norm, key_norm) -> None:
-    if _fits(x, norm, query, key, value, cos, sin, query_bias, key_bias, value_bias, query_norm, key_norm):
+    weights = norm, query, key, value, query_bias, key_bias, value_bias, query_norm, key_norm
+    if qkv_inputs_fit(x, cos, sin) and qkv_weights_fit(x.shape[2], cos.shape[2], x.dtype, *weights):
         return
     check_rows(x)
     batch, width, hidden = x.shape

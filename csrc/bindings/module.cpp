@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -88,6 +89,41 @@ void mlp(uintptr_t x, uintptr_t attended, const Layer& output, uintptr_t norm, f
            threads);
 }
 
+// A tensor [B, Hkv, S, D] and its strides.
+using Cache = std::tuple<uintptr_t, int64_t, int64_t, int64_t>;
+
+// In the order of `DecoderLayer`.
+using LayerFields = std::tuple<uintptr_t, float, Layer, Layer, Layer, uintptr_t, uintptr_t, float, Layer, uintptr_t,
+                               float, Layer, Layer, Layer, Cache, Cache, float, int64_t>;
+
+DecoderLayer decoder_layer(const LayerFields& fields) {
+  const auto& [norm, eps, query, key, value, query_norm, key_norm, head_eps, output, mlp_norm, mlp_eps, gate, up, down,
+               key_cache, value_cache, scale, sliding_window] = fields;
+  const auto cache = [](const Cache& c) { return std::apply(strided, c); };
+  return {pointer<const void>(norm), eps, weights(query), weights(key), weights(value), pointer<const void>(query_norm),
+          pointer<const void>(key_norm), head_eps, weights(output), pointer<const void>(mlp_norm), mlp_eps, weights(gate),
+          weights(up), weights(down), cache(key_cache), cache(value_cache), scale, sliding_window};
+}
+
+// Layers that Python holds from call to call.
+struct DecoderLayers {
+  explicit DecoderLayers(const std::vector<LayerFields>& fields) {
+    for (const LayerFields& layer : fields) layers.push_back(decoder_layer(layer));
+  }
+
+  void run(uintptr_t hidden, uintptr_t cos, uintptr_t sin, uintptr_t lengths, uintptr_t starts, size_t count,
+           int64_t batch, int64_t width, int64_t hidden_size, int64_t capacity, int64_t dim, int64_t branch, int dtype,
+           int threads) const {
+    cpu::decoder_layers({pointer<void>(hidden), pointer<const void>(cos), pointer<const void>(sin),
+                         pointer<const int32_t>(lengths), pointer<const int32_t>(starts), layers.data(),
+                         std::min(count, layers.size()), batch, width, hidden_size, capacity, dim, branch,
+                         static_cast<DType>(dtype)},
+                        threads);
+  }
+
+  std::vector<DecoderLayer> layers;
+};
+
 void rms_norm(uintptr_t x, uintptr_t weight, float eps, uintptr_t out, int64_t rows, int64_t width, int dtype) {
   cpu::rms_norm(pointer<const void>(x), pointer<const void>(weight), eps, pointer<void>(out), rows, width,
                 static_cast<DType>(dtype));
@@ -155,6 +191,9 @@ PYBIND11_MODULE(_C, module) {
   module.def("mlp", &mlp, unlocked());
   module.def("rms_norm", &rms_norm, unlocked());
   module.def("converge", &converge, unlocked());
+  py::class_<DecoderLayers>(module, "DecoderLayers")
+      .def(py::init<const std::vector<LayerFields>&>())
+      .def("run", &DecoderLayers::run, unlocked());
   module.def("state_fields", &state_fields, "Fields of JacobiState that were compiled in: (name, dtype, shape).");
   module.def("build_info", &build_info, "How this module was built.");
   module.def("cpu_isa", &cpu::selected_isa, "The instruction set whose kernels run.");

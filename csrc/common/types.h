@@ -1,6 +1,7 @@
 // Plain structs that carry pointers, strides and sizes into the kernels. Strides count elements.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "host_device.h"
@@ -96,7 +97,7 @@ struct QkvParams {
   DType dtype;
 };
 
-// Output projection of the attention, RMSNorm and a gated MLP, with their residuals.
+// Output projection of the attention, RMSNorm and a gated MLP, with their residuals; `out` may be x.
 struct MlpParams {
   const void* x;         // [rows, hidden]; this and what follows is contiguous
   const void* attended;  // [rows, inputs]
@@ -106,6 +107,32 @@ struct MlpParams {
   LinearWeights gate, up, down;
   void* out;  // [rows, hidden]
   int64_t rows, hidden, inputs;
+  DType dtype;
+};
+
+struct DecoderLayer {
+  const void* norm;  // [hidden]
+  float eps;
+  LinearWeights query, key, value;
+  const void *query_norm, *key_norm;  // [dim] or null
+  float head_eps;
+  LinearWeights output;
+  const void* mlp_norm;  // [hidden]
+  float mlp_eps;
+  LinearWeights gate, up, down;
+  Strided key_cache, value_cache;  // [B, Hkv, S, dim]
+  float scale;
+  int64_t sliding_window;  // 0: none
+};
+
+// A window through decoder layers.
+struct DecoderParams {
+  void* hidden;           // [B, n, H], contiguous, the first layer's input and the last one's output
+  const void *cos, *sin;  // [B, n, dim], contiguous
+  const int32_t *lengths, *starts;
+  const DecoderLayer* layers;
+  size_t count;  // of layers
+  int64_t batch, width, hidden_size, capacity, dim, branch;
   DType dtype;
 };
 

@@ -29,10 +29,7 @@ thread_local Scratch partial_scratch;
 
 void block_attention(const AttentionParams& p, int threads) {
   check_room(p.lengths, p.batch, p.width, p.capacity);
-  for (int64_t row = 0; row < p.batch; ++row)
-    if (p.starts[row] < 0)
-      throw std::invalid_argument("row " + std::to_string(row) + " has start " + std::to_string(p.starts[row]) +
-                                  "; it must be at least 0");
+  check_starts(p.starts, p.batch);
 
   const Kernels& run = kernels();
   const int64_t tile = std::min(p.width, std::max<int64_t>(1, tile_rows / p.group()));

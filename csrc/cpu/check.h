@@ -15,4 +15,12 @@ inline void check_room(const int32_t* lengths, int64_t batch, int64_t width, int
                                   " must lie in a cache of S = " + std::to_string(capacity));
 }
 
+// Throws unless every row of a cache begins at one of its rows.
+inline void check_starts(const int32_t* starts, int64_t batch) {
+  for (int64_t row = 0; row < batch; ++row)
+    if (starts[row] < 0)
+      throw std::invalid_argument("row " + std::to_string(row) + " has start " + std::to_string(starts[row]) +
+                                  "; it must be at least 0");
+}
+
 }  // namespace cllm::cpu

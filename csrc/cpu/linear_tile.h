@@ -283,7 +283,9 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
     // A core that has many fetches under way drops others, and the arithmetic waits for every line that was dropped. So
     // lines are asked for twice where there is arithmetic to speak of: within a tile, by both of two, or by the first
     // tiles half of the group and by the others the rest. At one row the memory is busy without it.
-    if (p.rows == 1)
+    if (on_amx && p.rows <= linear_rows && p.outputs * p.weight_stride * int64_t{sizeof(T)} <= 1 << 20)
+      linear_outputs<T, C, Fetch<0>>(p, begin, whole, after);
+    else if (p.rows == 1)
       linear_outputs<T, C, Fetch<C>>(p, begin, whole, after);
     else if (p.rows <= linear_rows)
       linear_outputs<T, C, Fetch<C, 8>>(p, begin, whole, after);

@@ -26,6 +26,8 @@ void linear(const LinearParams& params, int threads);
 void lm_head_argmax(const HeadParams& params, int threads);
 void qkv(const QkvParams& params, int threads);
 void mlp(const MlpParams& params, int threads);
+// Layers one after the other: what `qkv`, `append_kv`, `block_attention` and `mlp` do.
+void decoder_layers(const DecoderParams& params, int threads);
 // Of float32 or bfloat16 rows, contiguous.
 void rms_norm(const void* x, const void* weight, float eps, void* out, int64_t rows, int64_t width, DType dtype);
 

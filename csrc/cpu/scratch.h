@@ -30,4 +30,18 @@ class Scratch {
   size_t size_ = 0;
 };
 
+// Pieces of scratch memory, each at a multiple of 64 bytes.
+class Pieces {
+ public:
+  size_t add(size_t bytes) {
+    const size_t at = size_;
+    size_ += (bytes + 63) / 64 * 64;
+    return at;
+  }
+  char* reserve(Scratch& scratch) const { return reinterpret_cast<char*>(scratch.reserve(size_ / sizeof(float))); }
+
+ private:
+  size_t size_ = 0;
+};
+
 }  // namespace cllm::cpu

@@ -119,20 +119,6 @@ class LinearScope {
   const LinearParams& params_;
 };
 
-// Pieces of the scratch memory, each at a multiple of 64 bytes.
-class Pieces {
- public:
-  size_t add(size_t bytes) {
-    const size_t at = size_;
-    size_ += (bytes + 63) / 64 * 64;
-    return at;
-  }
-  char* reserve() const { return reinterpret_cast<char*>(scratch.reserve(size_ / sizeof(float))); }
-
- private:
-  size_t size_ = 0;
-};
-
 // The better one of two parts of a row, whatever their order: NaN before numbers, then the lower index on ties.
 void keep_best(const Best& next, Best& best) {
   const bool more = next.nan != best.nan ? next.nan : !next.nan && next.value != best.value ? next.value > best.value
@@ -200,7 +186,7 @@ void linear(const LinearParams& params, int threads) {
   const Inputs inputs(run, params);
   Pieces pieces;
   pieces.add(inputs.size());
-  char* memory = pieces.reserve();
+  char* memory = pieces.reserve(scratch);
   const LinearParams p = inputs.prepared(params, memory);
   const int team = team_size(work_of(p), threads);
   if (team == 1) {
@@ -230,7 +216,7 @@ void lm_head_argmax(const HeadParams& p, int threads) {
   pieces.add(inputs.size());
   const size_t logits_at = pieces.add(0), logits_size = (rows * step * item + 63) / 64 * 64;
   pieces.add(team * logits_size);
-  char* memory = pieces.reserve();
+  char* memory = pieces.reserve(scratch);
   const LinearParams prepared = inputs.prepared(whole, memory);
   std::vector<Best> found(team * rows, Best{-INFINITY, whole.outputs, false});
   Tasks tasks((whole.outputs + step - 1) / step, team);
@@ -278,7 +264,7 @@ void qkv_rows(const QkvParams& p, int threads) {
   // Sizes do not depend on where x lies, so that the layers can be made before the memory is there.
   const Inputs sizes(run, layer(p.query, nullptr, p.hidden, nullptr, p.rows, p.dtype));
   const size_t inputs_at = pieces.add(sizes.size());
-  char* memory = pieces.reserve();
+  char* memory = pieces.reserve(scratch);
   char *normed = memory + normed_at, *prepared = memory + inputs_at;
   const Inputs inputs(run, layer(p.query, normed, p.hidden, nullptr, p.rows, p.dtype));
   const LinearParams layers[] = {
@@ -339,7 +325,7 @@ void mlp_rows(const MlpParams& p, int threads) {
   const size_t between = gated ? 0 : p.rows * inner * item;
   const size_t gate_at = pieces.add(between), up_at = pieces.add(between);
   const size_t down_inputs_at = pieces.add(inputs_of(p.down, inner).size());
-  char* memory = pieces.reserve();
+  char* memory = pieces.reserve(scratch);
   char *sum = memory + sum_at, *normed = memory + normed_at, *gate = memory + gate_at, *up = memory + up_at;
   char* out = static_cast<char*>(p.out);
   const Inputs attended(run, layer(p.output, p.attended, p.inputs, sum, p.rows, p.dtype));

@@ -16,6 +16,7 @@ from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi,
 from cllm_kernels.decoding import CACHE_NAME, JacobiCache
 from cllm_kernels.integrations import optimize as module_under_test
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.ops.decoder_layers import DecoderLayers
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -43,8 +44,16 @@ def window_forward(model, tokens, length=0, cache=None):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the calls of each op that swapped modules make."""
-    return count_calls(monkeypatch, module_under_test, ("window_linear", "window_qkv", "window_mlp"))
+    """Counts the calls of each op that swapped modules make, and of what runs several layers."""
+    counts = count_calls(monkeypatch, module_under_test, ("window_linear", "window_qkv", "window_mlp"))
+    call = DecoderLayers.__call__
+
+    def count(*arguments):
+        counts["DecoderLayers"] = counts.get("DecoderLayers", 0) + 1
+        return call(*arguments)
+
+    monkeypatch.setattr(DecoderLayers, "__call__", count)
+    return counts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,24 +116,31 @@ def test_windows_and_long_prompts_run_by_the_ops(family, dtype, calls):
     plain, _ = window_forward(model, tokens)
     with optimize(model):
         window_forward(model, torch.randint(3, VOCABULARY, (1, 16)))
-        assert calls == {"window_qkv": 2, "window_mlp": 2, "window_linear": 1}  # the last is the LM head
+        assert calls == {"DecoderLayers": 1, "window_linear": 1}  # the last is the LM head
         calls.clear()
         got, _ = window_forward(model, tokens)
-    assert calls["window_qkv"] == calls["window_mlp"] == 2
+        assert calls["DecoderLayers"] == 1
+        calls.clear()
+        hook = model.model.layers[0].register_forward_hook(lambda *arguments: None)
+        one_by_one, _ = window_forward(model, tokens)
+        hook.remove()
+        assert calls["window_qkv"] == calls["window_mlp"] == 2 and "DecoderLayers" not in calls
+    assert torch.equal(one_by_one, got)
     torch.testing.assert_close(got, plain, **dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0, atol=0.05))
 
 
 def test_where_torch_alone_has_amx_long_prompts_in_bf16_are_left_to_it(calls, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(backends.EXTENSION, "cpu_isa", lambda: "avx512bf16")
-    for dtype, times in ((torch.float32, 2), (torch.bfloat16, 0)):
+    for dtype, times in ((torch.float32, 1), (torch.bfloat16, 0)):
         model, counts = make_model("llama", dtype=dtype), []
         with optimize(model):
             for length in (16, 513):
                 calls.clear()
                 window_forward(model, torch.randint(3, VOCABULARY, (1, length)))
-                counts.append(calls.get("window_mlp", 0))
-        assert counts == [2, times]
+                counts.append(calls.get("DecoderLayers", 0))
+                assert "window_mlp" not in calls
+        assert counts == [1, times]
 
 
 ROPES = {
@@ -227,14 +243,19 @@ def test_the_last_layer_leaves_out_what_nobody_asks_for(family, length):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """Tokens that each call of `window_qkv` gets."""
-    seen, op = [], module_under_test.window_qkv
+    """Tokens that each layer gets."""
+    seen, op, call = [], module_under_test.window_qkv, DecoderLayers.__call__
 
     def see(x, *arguments):
         seen.append(x.shape[0] * x.shape[1])
         return op(x, *arguments)
 
+    def see_layers(layers, x, *arguments):
+        seen.extend([x.shape[0] * x.shape[1]] * arguments[-1])
+        return call(layers, x, *arguments)
+
     monkeypatch.setattr(module_under_test, "window_qkv", see)
+    monkeypatch.setattr(DecoderLayers, "__call__", see_layers)
     return seen
 
 
@@ -287,6 +308,28 @@ def test_as_many_layers_run_as_the_configuration_says(family):
         got, _ = window_forward(model, tokens)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(got, whole, atol=1e-2)
+
+
+@pytest.mark.parametrize("where", ["model", "decoder", "layer", "everywhere"])
+def test_hooks_see_every_forward(where):
+    """Although a window goes through all layers in one call where nothing has hooks."""
+    model, inputs = make_model("llama", seed=6), make_prompts(1)
+    want, seen = prefill(model, inputs, max_new_tokens=9), []
+    modules = {"model": model, "decoder": model.model, "layer": model.model.layers[0]}
+
+    def see(module, args, output):
+        seen.append(module)
+
+    if where == "everywhere":
+        hook = nn.modules.module.register_module_forward_hook(see)
+    else:
+        hook = modules[where].register_forward_hook(see)
+    generator = JacobiGenerator(model, JacobiConfig(block_size=4))
+    got = generator.generate(**inputs, do_sample=False, max_new_tokens=9)
+    hook.remove()
+    assert torch.equal(got, want)
+    for module in modules.values() if where == "everywhere" else [modules[where]]:
+        assert seen.count(module) == generator.statistics.forwards > 1
 
 
 def test_only_known_models_keep_the_last_positions_alone():
