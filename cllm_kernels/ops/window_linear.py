@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -92,17 +94,6 @@ def layer_arguments(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[in
 
 
 def _check(x, weight, bias) -> None:
-    if (  # what every layer of every forward has; else it is looked at in detail
-        bias is None
-        and x.dtype is weight.dtype
-        and x.dtype in DTYPES
-        and x.device == weight.device
-        and weight.dim() == 2
-        and x.dim() >= 1
-        and x.shape[-1] == weight.shape[1] >= 1 <= weight.shape[0]
-        and weight.stride(1) == 1
-    ):
-        return
     if x.dim() < 1 or x.size(-1) < 1:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [..., K] with K at least 1")
     check_dtype(x)
@@ -121,20 +112,23 @@ def linear_reference(x, weight, bias=None) -> torch.Tensor:
 
 
 def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
-    _check(x, weight, bias)
+    *batch, inputs = x.shape or (0,)
+    dtype, outputs = x.dtype, weight.shape[0] if weight.shape else 0
+    # what every layer of every forward has; else it is looked at in detail
+    if not (inputs >= 1 and dtype in DTYPES and x.is_cpu and layer_fits(weight, bias, (outputs, inputs), dtype)):
+        _check(x, weight, bias)
     backend = resolve_cpu(backend, x.device)
-    outputs, inputs = weight.shape
-    rows = x.numel() // inputs
-    if backend == "torch" or not 1 <= rows <= fast_rows(x.dtype):
+    rows = math.prod(batch)
+    if backend == "torch" or not 1 <= rows <= fast_rows(dtype):
         return F.linear(x, weight, bias)
     x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    out = x.new_empty(*x.shape[:-1], outputs)
+    out = x.new_empty((*batch, outputs))
     backends.EXTENSION.linear(
-        x.data_ptr(), inputs * x.element_size(), weight.data_ptr(), weight.stride(0),
+        x.data_ptr(), inputs * dtype.itemsize, weight.data_ptr(), weight.stride()[0],
         0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        rows, inputs, outputs, DTYPE_CODES[x.dtype], torch.get_num_threads(),
+        rows, inputs, outputs, DTYPE_CODES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
 
