@@ -47,6 +47,7 @@ from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import CACHE_NAME, JacobiCache, Processing, Session
 from cllm_kernels.decoding.session import Poll, capture, make_step, on_graph_stream
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.integrations.generate import window_forward
 from cllm_kernels.ops import JacobiState, lm_head_argmax
 from cllm_kernels.ops.block_attention import cuda_refusal
 
@@ -114,19 +115,13 @@ def our_session(
     prompt = torch.randint(0, model.config.vocab_size, (batch, 64), device=device)
     state = JacobiState.create(prompt, limits=room, block_size=width)
     state.lengths.set_(bounds[0])
-    cache = JacobiCache(bounds[0], length + room + width if shared is None else shared.capacity)
+    capacity = length + room + width if shared is None else shared.capacity
+    forward, cache = window_forward(model, "block", bounds, capacity, "auto", None if call is model else call)
     if shared is None:
         fill(cache, model, batch, length, model.dtype, device)  # what it makes for `length` rows holds its whole capacity
     else:
         cache._buffers = shared._buffers
     bounds[0] = length
-    mask = as_mask(bounds)
-
-    def forward(tokens, positions, keep):
-        return call(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **{CACHE_NAME: cache}
-        ).logits
-
     return Session(forward, state, bounds, cache=cache)
 
 
@@ -224,9 +219,9 @@ def floor_seconds(model, batch: int, length: int, width: int, dtype: torch.dtype
 
 @contextlib.contextmanager
 def linears_alone(model, backend: str):
-    """`optimize` but for the fused decoder layers."""
+    """`optimize` but for decoder layers and what calls them."""
     with optimize(model, backend) as done:
-        for name in done.layers:
+        for name in (*done.layers, *done.decoders):
             del model.get_submodule(name).__dict__["forward"]
         yield
 

@@ -22,7 +22,7 @@ from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, rms_norm, window_linear, window_mlp, window_qkv
 from ..ops._library import FLOAT_DTYPES, watched
-from ..ops.decoder_layers import DecoderLayer, DecoderLayers
+from ..ops.decoder_layers import MOST_TOKENS, DecoderLayer, DecoderLayers
 from ..ops.window_linear import DTYPES, fast_rows
 from .attention import from_mask, has_hooks, submodules
 from .gpu_layers import GpuLayer, is_known, run_layers
@@ -62,8 +62,9 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     Weights stay where they are: nothing is copied or packed, so the state dict, ``save_pretrained`` and weights that
     change are not concerned. Calls that need gradients, run under autocast or have more rows than pay go to torch as
     before. Linear layers of another class (quantised ones, adapters), with weights of another kind or with a forward that
-    was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3 decode
-    a window in a few calls, and leave out the padding of prompts, where nothing inside them has hooks or was changed.
+    was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where
+    nothing inside them has hooks or was changed, decode a window in one call for all, or in a few calls for each if a layer
+    has hooks, and leave out the padding of prompts.
 
     On a GPU, decoder layers of the same families keep torch's linear layers, and all that stands between two of these takes
     one launch. Linear layers by themselves are left alone there.
@@ -372,7 +373,7 @@ def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, *
             hidden = layer(hidden, **options)
     elif layers:
         lengths, starts, branch = from_mask(options["attention_mask"])
-        cos, sin = (x if x.shape[0] == len(hidden) else x.expand(len(hidden), -1, -1) for x in angles)
+        cos, sin = (x if x.shape[0] == hidden.shape[0] else x.expand(hidden.shape[0], -1, -1) for x in angles)
         hidden = held(hidden, cos, sin, lengths, starts, branch, len(layers))
     if keep is not None:
         hidden = last(hidden, keep=keep, **options)
@@ -389,7 +390,7 @@ def _held_layers(layers: list[nn.Module], hidden: torch.Tensor, cache: JacobiCac
     """
     if _has_any_global_hook() or any(map(has_hooks, layers)) or not layers[0].forward.takes(hidden, cache):
         return None
-    if torch.compiler.is_compiling() or watched(hidden):
+    if torch.compiler.is_compiling() or watched(hidden) or hidden.shape[0] * hidden.shape[1] > MOST_TOKENS:
         return None
     if cache.decoder is None and resolve(cache.backend, hidden.device) == "cpp":
         weights = [layer.forward.run.weights() for layer in layers]

@@ -13,6 +13,9 @@ from .window_linear import DTYPES, fits, layer_arguments
 from .window_mlp import mlp_weights_fit
 from .window_qkv import qkv_inputs_fit, qkv_weights_fit
 
+# Of one call: what stands between its kernels stays allocated. With more, the calls of ops cost nothing to speak of.
+MOST_TOKENS = 2048
+
 
 class DecoderLayer(NamedTuple):
     """What `window_qkv`, `block_attention` and `window_mlp` take of one layer, by the names that they give it."""
@@ -59,7 +62,7 @@ class DecoderLayers:
         if backends.EXTENSION is None:
             raise RuntimeError(backends.available()["cpp"])
         self.dim, self.dtype = dim, layers[0].norm.dtype
-        self.hidden = layers[0].norm.shape[0]
+        self.hidden = layers[0].norm.numel()
         self.rows, _, self.capacity, _ = caches[0][0].shape
         fields = []
         for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
@@ -67,10 +70,14 @@ class DecoderLayers:
                 raise ValueError(f"layer {number} has weights or caches of other shapes, dtypes, devices or strides than it may")
             fields.append(_fields(layer, cache))
         # aliases, since the storage of a parameter can be replaced
-        self._held = [[x.detach() for x in (*layer, *cache) if isinstance(x, torch.Tensor)] for layer, cache in zip(layers, caches)]
+        tensors = (tensor for parts in (*layers, *caches) for tensor in parts if isinstance(tensor, torch.Tensor))
+        self._held = [tensor.detach() for tensor in tensors]
+        self._count = len(layers)
         self._layers = backends.EXTENSION.DecoderLayers(fields)
 
     def _fit(self, layer: DecoderLayer, cache: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        if any(weight.dim() != 2 for weight in (layer.query, layer.key, layer.value, layer.gate)):
+            return False
         queries, keys = layer.query.shape[0], layer.key.shape[0]
         shape = self.rows, keys // self.dim, self.capacity, self.dim
         vectors = (
@@ -106,8 +113,8 @@ class DecoderLayers:
     ) -> torch.Tensor:
         """The output [B, n, H] of the first `count` layers, None meaning all, whose caches take the window's keys and values.
 
-        x [B, n, H], cos and sin [B, n, D], lengths and starts int32 [B] and branch as the ops take them; B at most that of
-        the caches.
+        x [B, n, H] of at most `MOST_TOKENS` tokens, cos and sin [B, n, D], lengths and starts int32 [B] and branch as the
+        ops take them; B at most that of the caches.
 
         For inference: gradients are not defined. Raises ValueError, with nothing done, on what does not fit.
         """
@@ -117,7 +124,9 @@ class DecoderLayers:
                 f"be {self.dtype}, [B, n, {self.hidden}] and [B, n, {self.dim}] on the CPU"
             )
         batch, width, _ = x.shape
-        if not batch <= self.rows or not width <= self.capacity:
+        if batch * width > MOST_TOKENS:
+            raise ValueError(f"x has B = {batch} and n = {width}; it may have {MOST_TOKENS} tokens")
+        if batch > self.rows or width > self.capacity:
             raise ValueError(f"x has B = {batch} and n = {width}; the caches have room for {self.rows} and {self.capacity}")
         if not (fits(lengths, (batch,), torch.int32) and fits(starts, (batch,), torch.int32)):
             raise ValueError(f"lengths and starts must be int32 with shape ({batch},), on the CPU")
@@ -127,7 +136,7 @@ class DecoderLayers:
         cos, sin, lengths, starts = cos.contiguous(), sin.contiguous(), lengths.contiguous(), starts.contiguous()
         self._layers.run(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), starts.data_ptr(),
-            len(self._held) if count is None else count, batch, width, self.hidden, self.capacity, self.dim,
+            self._count if count is None else count, batch, width, self.hidden, self.capacity, self.dim,
             branch or width, DTYPE_CODES[self.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return x

@@ -52,6 +52,9 @@ constexpr bool on_amx = false;
 #endif
 template <class T>
 constexpr int linear_depth = on_amx && std::is_same<T, float>::value ? 256 : 0;
+// Weights of a layer, in bytes, that up to `linear_rows` rows read without fetching ahead there, on CPUs with AMX. Whether they
+// come from the L2 cache or the one behind it, the fetches would take more time (up to half) than the misses.
+constexpr int64_t small_layer = on_amx ? 1 << 20 : 0;
 constexpr int64_t long_row = 2048, least_rows = 4 * linear_rows, block_groups = 2, page_groups = 4;
 
 template <class T>
@@ -283,7 +286,7 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
     // A core that has many fetches under way drops others, and the arithmetic waits for every line that was dropped. So
     // lines are asked for twice where there is arithmetic to speak of: within a tile, by both of two, or by the first
     // tiles half of the group and by the others the rest. At one row the memory is busy without it.
-    if (on_amx && p.rows <= linear_rows && p.outputs * p.weight_stride * int64_t{sizeof(T)} <= 1 << 20)
+    if (p.rows <= linear_rows && p.outputs * p.weight_stride * static_cast<int64_t>(sizeof(T)) <= small_layer)
       linear_outputs<T, C, Fetch<0>>(p, begin, whole, after);
     else if (p.rows == 1)
       linear_outputs<T, C, Fetch<C>>(p, begin, whole, after);

@@ -230,12 +230,10 @@ void lm_head_argmax(const HeadParams& p, int threads) {
       const int64_t begin = task * step;
       const int64_t count = std::min(step, whole.outputs - begin);
       LinearParams part = prepared;
-      part.weight = static_cast<const char*>(whole.weight) + begin * whole.weight_stride * item;
-      part.bias = whole.bias ? static_cast<const char*>(whole.bias) + begin * item : nullptr;
-      part.out = logits;
+      // whose first output is number `begin`
+      part.out = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(logits) - begin * item);
       part.out_stride = step;
-      part.outputs = count;
-      run.linear(part, 0, count, nullptr);
+      run.linear(part, begin, begin + count, nullptr);
       for (int64_t row = 0; row < rows; ++row) {
         char* here = logits + row * step * item;
         if (p.scale != 1 || p.softcap != 0) run.scale_logits(here, count, p.scale, p.softcap, whole.dtype);

@@ -146,6 +146,7 @@ BAD_LAYERS = {
     "bias": lambda layer: layer._replace(output_bias=layer.output_bias[1:]),
     "strides of a bias": lambda layer: layer._replace(query_bias=layer.query_bias.repeat_interleave(2)[::2]),
     "strides of weights": lambda layer: layer._replace(gate=layer.gate.T.contiguous().T),
+    "dimensions": lambda layer: layer._replace(gate=layer.gate[:, 0]),
     "head norm": lambda layer: layer._replace(key_norm=layer.key_norm[:-1]),
     "device": lambda layer: layer._replace(down=layer.down.to("meta")),
     "window": lambda layer: layer._replace(sliding_window=-1),
@@ -194,6 +195,9 @@ BAD_WINDOWS = {
     "x has B = 2 and n = 60": lambda *window: (*(torch.cat([x] * 10, 1) for x in window[:3]), *window[3:]),
     r"int32 with shape \(2,\)": lambda x, cos, sin, lengths, starts: (x, cos, sin, lengths.long(), starts),
     r"starts must be int32 with shape \(2,\)": lambda *window: (*window[:4], window[4][:1]),
+    "x has B = 2 and n = 1200; it may have 2048 tokens": lambda *window: (
+        *(torch.cat([x] * 200, 1) for x in window[:3]), *window[3:]
+    ),
     "branch is 4; it must be 0": lambda *window: (*window, 4),
     "branch is -1": lambda *window: (*window, -1),
     "row 1 has length 35": lambda *window: (*window[:3], torch.tensor([5, 35], dtype=torch.int32), window[4]),
