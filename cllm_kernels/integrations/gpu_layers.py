@@ -32,7 +32,7 @@ class GpuLayer:
         # the norms and the activation have no CUDA C++
         self.between = "auto" if backend == "cuda" else backend
 
-    def __call__(self, hidden: torch.Tensor, mask, angles, cache, keep: None, packing: None) -> torch.Tensor:
+    def __call__(self, hidden: torch.Tensor, mask, angles, cache, keep: None) -> torch.Tensor:
         """The layer's output ``[B, n, H]``; what may be left out on the CPU is not on a GPU."""
         hidden, delta = self.summands(hidden, None, mask, angles, cache)
         return hidden + delta

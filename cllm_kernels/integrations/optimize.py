@@ -22,7 +22,7 @@ from ..backends import resolve
 from ..decoding import CACHE_NAME, JacobiCache
 from ..ops import block_attention, rms_norm, window_linear, window_mlp, window_qkv
 from ..ops._library import FLOAT_DTYPES, watched
-from ..ops.decoder_layers import MOST_TOKENS, DecoderLayer, DecoderLayers
+from ..ops.decoder_layers import DecoderLayer, DecoderLayers
 from ..ops.window_linear import DTYPES, fast_rows
 from .attention import from_mask, has_hooks, submodules
 from .gpu_layers import GpuLayer, is_known, run_layers
@@ -199,7 +199,7 @@ def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
 
     def forward(
         hidden_states, attention_mask=None, position_ids=None, past_key_values=None, use_cache=False,
-        position_embeddings=None, keep=None, packing=None, cache=None, **kwargs,
+        position_embeddings=None, keep=None, cache=None, **kwargs,
     ):  # fmt: skip
         cache = past_key_values if cache is None else cache
         if not takes(hidden_states, cache):
@@ -207,7 +207,7 @@ def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
                 hidden_states, attention_mask=attention_mask, position_ids=position_ids, use_cache=use_cache,
                 position_embeddings=position_embeddings, **{CACHE_NAME: cache}, **kwargs,
             )  # fmt: skip
-        return run(hidden_states, attention_mask, position_embeddings, cache, keep, packing)
+        return run(hidden_states, attention_mask, position_embeddings, cache, keep)
 
     forward.takes, forward.run = takes, run
     return forward
@@ -233,7 +233,7 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
             gate["weight"], up["weight"], down["weight"], attention.scaling, window(attention) or 0,
         )  # fmt: skip
 
-    def run(hidden_states, mask, angles, cache, keep, packing):
+    def run(hidden_states, mask, angles, cache, keep):
         cos, sin = angles
         if cos.shape[0] != hidden_states.shape[0]:
             cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
@@ -242,22 +242,17 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
             hidden_states, w.norm, w.eps, w.query, w.key, w.value, cos, sin, w.query_bias, w.key_bias, w.value_bias,
             w.query_norm, w.key_norm, w.head_eps, "cpp",
         )  # fmt: skip
-        if packing is not None:
-            q, k, v = map(packing.unpack, (q, k, v))
         keys, values = cache.update(k.transpose(1, 2), v.transpose(1, 2), attention.layer_idx)
         lengths, starts, branch = from_mask(mask)
         if keep is not None:
             lengths = lengths + (q.shape[1] - keep)
             q = q[:, -keep:]
-            hidden_states = hidden_states[:, -keep:] if packing is None else packing.last(hidden_states, keep)
+            hidden_states = hidden_states[:, -keep:]
         attended, _ = block_attention(
             q, keys, values, lengths, starts, w.scale, w.sliding_window, 0.0, None, branch, cache.backend
         )
-        attended = attended.flatten(2)
-        if packing is not None and keep is None:
-            attended = packing.pack(attended)
         return window_mlp(
-            hidden_states, attended, w.output, w.mlp_norm, w.mlp_eps, w.gate, w.up, w.down, w.output_bias, "cpp"
+            hidden_states, attended.flatten(2), w.output, w.mlp_norm, w.mlp_eps, w.gate, w.up, w.down, w.output_bias, "cpp"
         )
 
     run.weights = weights
@@ -280,28 +275,19 @@ class _Packing:
     """The tokens of a left padded batch ``[B, n]`` in one row, without the padding.
 
     firsts: the first column of each row that is no padding.
+
+    Attributes:
+        counts: of the tokens of each row.
     """
 
     def __init__(self, firsts: torch.Tensor, width: int):
         self.shape = (firsts.shape[0], width)
-        tokens = (torch.arange(width) >= firsts[:, None]).flatten()
-        self.places = tokens.nonzero()[:, 0]
-        # which token stands in each place; in those of padding, the one before
-        self.sources = (tokens.cumsum(0) - 1).clamp_(min=0)
-        self.ends = (width - firsts).cumsum(0)
+        self.counts = (width - firsts).tolist()
+        self.places = (torch.arange(width) >= firsts[:, None]).flatten().nonzero()[:, 0]
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """``[B, n, ...]`` to ``[1, T, ...]``."""
         return x.flatten(0, 1).index_select(0, self.places)[None]
-
-    def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """``[1, T, ...]`` to ``[B, n, ...]``, where padding holds what some token has."""
-        return x[0].index_select(0, self.sources).view(*self.shape, *x.shape[2:])
-
-    def last(self, x: torch.Tensor, count: int) -> torch.Tensor:
-        """``[1, T, ...]`` to the last ``count`` tokens of each row, ``[B, count, ...]``."""
-        places = self.ends[:, None] + torch.arange(-count, 0)
-        return x[0].index_select(0, places.flatten()).view(-1, count, *x.shape[2:])
 
 
 def _packing(mask: torch.Tensor, width: int, keep: int) -> _Packing | None:
@@ -352,51 +338,48 @@ def window_logits(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache,
 def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, **options) -> torch.Tensor:
     """All layers of a decoder, each swapped, and its norm, on the CPU: of the last layer what is asked for, and without
     the padding of prompts."""
-    *layers, last = all_layers = list(model.layers)[: model.config.num_hidden_layers]
-    width, keep, packing = input_ids.shape[1], cache.keep, None
-    if keep is not None and (keep >= width or any(map(has_hooks, (model, last, model.norm)))):
+    layers = list(model.layers)[: model.config.num_hidden_layers]
+    (rows, width), last, norm, mask = input_ids.shape, layers[-1], model.norm, options["attention_mask"]
+    keep, packing = cache.keep, None
+    if keep is not None and (keep >= width or any(map(has_hooks, (model, last, norm)))):
         keep = None
-    if keep is not None and not any(map(has_hooks, (model.embed_tokens, *all_layers))):
-        packing = _packing(options["attention_mask"], width, keep)
+    if keep is not None and not any(map(has_hooks, (model.embed_tokens, *layers))):
+        packing = _packing(mask, width, keep)
     hidden = model.embed_tokens(input_ids if packing is None else packing.pack(input_ids))
-    if packing is not None and not all(layer.forward.takes(hidden, cache) for layer in all_layers):
-        hidden, packing = packing.unpack(hidden), None
+    held = _held_layers(layers, hidden, cache, rows)
+    if packing is not None and held is None:
+        hidden, packing = model.embed_tokens(input_ids), None
     angles = _angles(model.rotary_emb, hidden, cache, options["position_ids"], packing)
-    options |= {"position_embeddings": angles, CACHE_NAME: cache}
-    if packing is not None:
-        options["packing"] = packing
-    if keep is None:
-        layers = all_layers
-    held = None if packing is not None else _held_layers(all_layers, hidden, cache, angles[0].shape[2])
     if held is None:
-        for layer in layers:
+        options |= {"position_embeddings": angles, CACHE_NAME: cache}
+        for layer in layers[:-1]:
             hidden = layer(hidden, **options)
-    elif layers:
-        lengths, starts, branch = from_mask(options["attention_mask"])
-        cos, sin = (x if x.shape[0] == hidden.shape[0] else x.expand(hidden.shape[0], -1, -1) for x in angles)
-        hidden = held(hidden, cos, sin, lengths, starts, branch, len(layers))
-    if keep is not None:
         hidden = last(hidden, keep=keep, **options)
-    norm = model.norm
+    else:
+        lengths, starts, branch = from_mask(mask)
+        if packing is not None:
+            lengths = torch.maximum(lengths, starts)
+        cos, sin = (x if x.shape[0] == hidden.shape[0] else x.expand(hidden.shape[0], -1, -1) for x in angles)
+        hidden = held(hidden, cos, sin, lengths, starts, branch, keep, None if packing is None else packing.counts)
     if not (is_known(norm, last.input_layernorm, hidden) and last.forward.takes(hidden, cache)):
         return norm(hidden)
     return rms_norm(hidden, norm._parameters["weight"], norm.variance_epsilon, "cpp")
 
 
-def _held_layers(layers: list[nn.Module], hidden: torch.Tensor, cache: JacobiCache, dim: int) -> DecoderLayers | None:
+def _held_layers(layers: list[nn.Module], hidden: torch.Tensor, cache: JacobiCache, rows: int) -> DecoderLayers | None:
     """All layers of a model, each swapped, as one; None where they have to be called one by one.
 
     They are made once a decode, so weights that are replaced while it runs are in use from the next one on.
     """
     if _has_any_global_hook() or any(map(has_hooks, layers)) or not layers[0].forward.takes(hidden, cache):
         return None
-    if torch.compiler.is_compiling() or watched(hidden) or hidden.shape[0] * hidden.shape[1] > MOST_TOKENS:
+    if torch.compiler.is_compiling() or watched(hidden):
         return None
     if cache.decoder is None and resolve(cache.backend, hidden.device) == "cpp":
         weights = [layer.forward.run.weights() for layer in layers]
-        buffers = []
+        dim, buffers = layers[0].self_attn.head_dim, []
         for layer, of_layer in zip(layers, weights, strict=True):
-            shape = hidden.shape[0], of_layer.key.shape[0] // dim, dim
+            shape = rows, of_layer.key.shape[0] // dim, dim
             buffers.append(cache.room(layer.self_attn.layer_idx, shape, shape, hidden.dtype, hidden.device))
         with contextlib.suppress(ValueError):  # the ops can do with more, or say what is wrong
             cache.decoder = DecoderLayers(weights, buffers, dim)

@@ -13,9 +13,6 @@ from .window_linear import DTYPES, fits, layer_arguments
 from .window_mlp import mlp_weights_fit
 from .window_qkv import qkv_inputs_fit, qkv_weights_fit
 
-# Of one call: what stands between its kernels stays allocated. With more, the calls of ops cost nothing to speak of.
-MOST_TOKENS = 2048
-
 
 class DecoderLayer(NamedTuple):
     """What `window_qkv`, `block_attention` and `window_mlp` take of one layer, by the names that they give it."""
@@ -72,7 +69,6 @@ class DecoderLayers:
         # aliases, since the storage of a parameter can be replaced
         tensors = (tensor for parts in (*layers, *caches) for tensor in parts if isinstance(tensor, torch.Tensor))
         self._held = [tensor.detach() for tensor in tensors]
-        self._count = len(layers)
         self._layers = backends.EXTENSION.DecoderLayers(fields)
 
     def _fit(self, layer: DecoderLayer, cache: tuple[torch.Tensor, torch.Tensor]) -> bool:
@@ -109,12 +105,15 @@ class DecoderLayers:
         lengths: torch.Tensor,
         starts: torch.Tensor,
         branch: int = 0,
-        count: int | None = None,
+        keep: int | None = None,
+        counts: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """The output [B, n, H] of the first `count` layers, None meaning all, whose caches take the window's keys and values.
+        """The last layer's output [B, keep, H] at the last `keep` positions of each row, None meaning all n.
 
-        x [B, n, H] of at most `MOST_TOKENS` tokens, cos and sin [B, n, D], lengths and starts int32 [B] and branch as the
-        ops take them; B at most that of the caches.
+        x [B, n, H], cos and sin [B, n, D], lengths and starts int32 [B] and branch as the ops take them; B at most that of
+        the caches. With counts, which tells how many tokens each of B rows has, at least keep, x [1, T, H], cos and sin
+        [1, T, D] have the tokens of one row after the other, and row b stands in its caches behind lengths[b]; there are no
+        branches then.
 
         For inference: gradients are not defined. Raises ValueError, with nothing done, on what does not fit.
         """
@@ -123,23 +122,28 @@ class DecoderLayers:
                 f"x is {x.dtype} {tuple(x.shape)} on {x.device}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)}; they must "
                 f"be {self.dtype}, [B, n, {self.hidden}] and [B, n, {self.dim}] on the CPU"
             )
-        batch, width, _ = x.shape
-        if batch * width > MOST_TOKENS:
-            raise ValueError(f"x has B = {batch} and n = {width}; it may have {MOST_TOKENS} tokens")
-        if batch > self.rows or width > self.capacity:
-            raise ValueError(f"x has B = {batch} and n = {width}; the caches have room for {self.rows} and {self.capacity}")
+        rows, width, _ = x.shape
+        given = [width] * rows if counts is None else list(counts)
+        batch, least = len(given), min(given, default=0)
+        keep = width if keep is None else keep
+        if counts is not None and (rows != 1 or sum(given) != width or branch):
+            raise ValueError(f"counts is {given} and branch {branch}; with counts, x must be [1, {sum(given)}, H], without branches")
+        if not 1 <= keep <= least:
+            raise ValueError(f"keep is {keep}; it must be from 1 to {least}, the fewest tokens of a row")
+        if batch > self.rows or max(given) > self.capacity:
+            raise ValueError(f"x has B = {batch} and n = {max(given)}; the caches have room for {self.rows} and {self.capacity}")
         if not (fits(lengths, (batch,), torch.int32) and fits(starts, (batch,), torch.int32)):
             raise ValueError(f"lengths and starts must be int32 with shape ({batch},), on the CPU")
-        if branch < 0 or width % (branch or width):
-            raise ValueError(f"branch is {branch}; it must be 0 (none) or divide the n = {width} queries of the window")
+        if branch < 0 or width % (branch or width) or branch and keep < width:
+            raise ValueError(f"branch is {branch}; it must be 0 (none) or divide the n = {width} queries of a window, all kept")
         x = x.clone(memory_format=torch.contiguous_format)
+        out = x.new_empty((batch, keep, self.hidden))
         cos, sin, lengths, starts = cos.contiguous(), sin.contiguous(), lengths.contiguous(), starts.contiguous()
         self._layers.run(
-            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), starts.data_ptr(),
-            self._count if count is None else count, batch, width, self.hidden, self.capacity, self.dim,
-            branch or width, DTYPE_CODES[self.dtype], torch.get_num_threads(),
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), starts.data_ptr(), given, out.data_ptr(), keep,
+            self.hidden, self.capacity, self.dim, branch, DTYPE_CODES[self.dtype], torch.get_num_threads(),
         )  # fmt: skip
-        return x
+        return out
 
 
 def _fields(layer: DecoderLayer, cache: tuple[torch.Tensor, torch.Tensor]) -> tuple:

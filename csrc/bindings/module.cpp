@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <tuple>
@@ -111,13 +110,13 @@ struct DecoderLayers {
     for (const LayerFields& layer : fields) layers.push_back(decoder_layer(layer));
   }
 
-  void run(uintptr_t hidden, uintptr_t cos, uintptr_t sin, uintptr_t lengths, uintptr_t starts, size_t count,
-           int64_t batch, int64_t width, int64_t hidden_size, int64_t capacity, int64_t dim, int64_t branch, int dtype,
-           int threads) const {
+  void run(uintptr_t hidden, uintptr_t cos, uintptr_t sin, uintptr_t lengths, uintptr_t starts,
+           const std::vector<int64_t>& counts, uintptr_t out, int64_t keep, int64_t hidden_size, int64_t capacity,
+           int64_t dim, int64_t branch, int dtype, int threads) const {
     cpu::decoder_layers({pointer<void>(hidden), pointer<const void>(cos), pointer<const void>(sin),
-                         pointer<const int32_t>(lengths), pointer<const int32_t>(starts), layers.data(),
-                         std::min(count, layers.size()), batch, width, hidden_size, capacity, dim, branch,
-                         static_cast<DType>(dtype)},
+                         pointer<const int32_t>(lengths), pointer<const int32_t>(starts), counts.data(), pointer<void>(out),
+                         keep, layers.data(), layers.size(), static_cast<int64_t>(counts.size()), hidden_size, capacity,
+                         dim, branch, static_cast<DType>(dtype)},
                         threads);
   }
 

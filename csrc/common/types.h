@@ -125,14 +125,18 @@ struct DecoderLayer {
   int64_t sliding_window;  // 0: none
 };
 
-// A window through decoder layers.
+// Tokens of a batch's rows through decoder layers.
 struct DecoderParams {
-  void* hidden;           // [B, n, H], contiguous, the first layer's input and the last one's output
-  const void *cos, *sin;  // [B, n, dim], contiguous
+  void* hidden;           // [tokens, H], contiguous, row after row: the first layer's input, overwritten
+  const void *cos, *sin;  // [tokens, dim], contiguous
   const int32_t *lengths, *starts;
+  const int64_t* counts;  // [B], of tokens
+  void* out;              // [B, keep, H], contiguous, the last layer's output at the last tokens of each row
+  int64_t keep;
   const DecoderLayer* layers;
-  size_t count;  // of layers
-  int64_t batch, width, hidden_size, capacity, dim, branch;
+  size_t layer_count;
+  int64_t batch, hidden_size, capacity, dim;
+  int64_t branch;  // 0: none; else rows have equal counts, and it divides them
   DType dtype;
 };
 

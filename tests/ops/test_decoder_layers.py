@@ -90,21 +90,44 @@ def test_bits_are_those_of_the_ops(batch, width, branch, extras, sliding_window,
         assert all(map(torch.equal, cache, other))
 
 
-def test_many_rows(backend):
+def test_many_tokens(backend):
     layers = [make_layer(torch.float32)]
-    caches = make_caches(layers, 1, torch.float32, 700)
-    window = make_window(1, 600, capacity=700)
+    caches = make_caches(layers, 2, torch.float32, 700)
+    window = make_window(2, 600, capacity=700)
     want = one_by_one(layers, [tuple(tensor.clone() for tensor in caches[0])], *window)
     assert torch.equal(DecoderLayers(layers, caches, DIM)(*window), want)
 
 
-def test_the_first_layers_alone(backend):
-    layers = [make_layer(torch.float32) for _ in range(3)]
-    window, caches = make_window(), make_caches(layers, 2, torch.float32)
-    last = [tensor.clone() for tensor in caches[2]]
-    want = one_by_one(layers[:2], [tuple(tensor.clone() for tensor in cache) for cache in caches[:2]], *window)
-    assert torch.equal(DecoderLayers(layers, caches, DIM)(*window, count=2), want)
-    assert all(map(torch.equal, caches[2], last))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", [1, 4, 6])
+def test_the_last_positions_alone(keep, dtype, backend):
+    layers = [make_layer(dtype) for _ in range(2)]
+    window, caches = make_window(3, dtype=dtype), make_caches(layers, 3, dtype)
+    others = [tuple(tensor.clone() for tensor in cache) for cache in caches]
+    want = one_by_one(layers, others, *window)[:, -keep:]
+    assert torch.equal(DecoderLayers(layers, caches, DIM)(*window, keep=keep), want)
+    for cache, other in zip(caches, others, strict=True):
+        assert all(map(torch.equal, cache, other))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", [(5, 5, 9, 3), (4,), (3, 20, 20)], ids=str)
+def test_rows_of_different_numbers_of_tokens(counts, dtype, backend):
+    # a sliding window adds up in another order where fewer rows are asked for, so the last layer has none
+    layers = [make_layer(dtype, sliding_window=4), make_layer(dtype)]
+    caches = make_caches(layers, 4, dtype)
+    others = [tuple(tensor.clone() for tensor in cache) for cache in caches]
+    windows = [make_window(1, count, dtype) for count in counts]
+    run = DecoderLayers(layers, caches, DIM)
+    want = []
+    for row, window in enumerate(windows):
+        mine = [tuple(tensor[row : row + 1] for tensor in cache) for cache in others]
+        want.append(one_by_one(layers, mine, *window)[:, -3:])
+    parts = [torch.cat(tensors, 1) for tensors in list(zip(*windows, strict=True))[:3]]
+    rows = [torch.cat(tensors) for tensors in list(zip(*windows, strict=True))[3:]]
+    assert torch.equal(run(*parts, *rows, keep=3, counts=counts), torch.cat(want))
+    for cache, other in zip(caches, others, strict=True):
+        assert all(map(torch.equal, cache, other))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -195,11 +218,15 @@ BAD_WINDOWS = {
     "x has B = 2 and n = 60": lambda *window: (*(torch.cat([x] * 10, 1) for x in window[:3]), *window[3:]),
     r"int32 with shape \(2,\)": lambda x, cos, sin, lengths, starts: (x, cos, sin, lengths.long(), starts),
     r"starts must be int32 with shape \(2,\)": lambda *window: (*window[:4], window[4][:1]),
-    "x has B = 2 and n = 1200; it may have 2048 tokens": lambda *window: (
-        *(torch.cat([x] * 200, 1) for x in window[:3]), *window[3:]
-    ),
     "branch is 4; it must be 0": lambda *window: (*window, 4),
     "branch is -1": lambda *window: (*window, -1),
+    "branch is 3; .*, all kept": lambda *window: (*window, 3, 4),
+    "keep is 7; it must be from 1 to 6": lambda *window: (*window, 0, 7),
+    "keep is 0": lambda *window: (*window, 0, 0),
+    "keep is 1; it must be from 1 to 0": lambda *window: (*(x[:1] for x in window[:3]), *window[3:], 0, 1, [6, 0]),
+    r"counts is \[3, 3\] and branch 0; with counts, x must be \[1, 6, H\]": lambda *window: (*window, 0, 1, [3, 3]),
+    r"counts is \[3, 4\]": lambda *window: (*(x[:1] for x in window[:3]), *window[3:], 0, 1, [3, 4]),
+    r"counts is \[3, 3\] and branch 3": lambda *window: (*(x[:1] for x in window[:3]), *window[3:], 3, 1, [3, 3]),
     "row 1 has length 35": lambda *window: (*window[:3], torch.tensor([5, 35], dtype=torch.int32), window[4]),
     "row 0 has start -1": lambda *window: (*window[:4], torch.tensor([-1, 0], dtype=torch.int32)),
 }
