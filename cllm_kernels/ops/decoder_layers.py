@@ -64,7 +64,7 @@ class DecoderLayers:
         fields = []
         for number, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
             if not self._fit(layer, cache):
-                raise ValueError(f"layer {number} has weights or caches of other shapes, dtypes, devices or strides than it may")
+                raise ValueError(f"layer {number} has weights or caches of shapes, dtypes, devices or strides that do not fit")
             fields.append(_fields(layer, cache))
         # aliases, since the storage of a parameter can be replaced
         tensors = (tensor for parts in (*layers, *caches) for tensor in parts if isinstance(tensor, torch.Tensor))
@@ -127,11 +127,15 @@ class DecoderLayers:
         batch, least = len(given), min(given, default=0)
         keep = width if keep is None else keep
         if counts is not None and (rows != 1 or sum(given) != width or branch):
-            raise ValueError(f"counts is {given} and branch {branch}; with counts, x must be [1, {sum(given)}, H], without branches")
+            raise ValueError(
+                f"counts is {given} and branch {branch}; with counts, x must be [1, {sum(given)}, H], without branches"
+            )
         if not 1 <= keep <= least:
             raise ValueError(f"keep is {keep}; it must be from 1 to {least}, the fewest tokens of a row")
         if batch > self.rows or max(given) > self.capacity:
-            raise ValueError(f"x has B = {batch} and n = {max(given)}; the caches have room for {self.rows} and {self.capacity}")
+            raise ValueError(
+                f"x has B = {batch} and n = {max(given)}; the caches have room for {self.rows} and {self.capacity}"
+            )
         if not (fits(lengths, (batch,), torch.int32) and fits(starts, (batch,), torch.int32)):
             raise ValueError(f"lengths and starts must be int32 with shape ({batch},), on the CPU")
         if branch < 0 or width % (branch or width) or branch and keep < width:

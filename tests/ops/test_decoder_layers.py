@@ -33,7 +33,7 @@ def make_layer(dtype, heads=4, kv_heads=2, extras=True, sliding_window=0, inner=
         return (0.3 * torch.randn(*shape)).to(dtype)
 
     queries, keys = heads * DIM, kv_heads * DIM
-    vectors = [random(queries), random(keys), random(keys), random(DIM), random(DIM)] if extras else [None] * 5
+    vectors = [random(size) for size in (queries, keys, keys, DIM, DIM)] if extras else [None] * 5
     return DecoderLayer(
         random(HIDDEN), 1e-5, random(queries, HIDDEN), random(keys, HIDDEN), random(keys, HIDDEN), *vectors, 1e-6,
         random(HIDDEN, queries), random(HIDDEN) if extras else None, random(HIDDEN), 1e-5, random(inner, HIDDEN),
@@ -157,7 +157,7 @@ def test_it_holds_what_it_was_made_of(backend):
 
 
 NO_LAYERS = "there are 0 layers"
-NO_FIT = "layer 1 has weights or caches of other shapes, dtypes, devices or strides than it may"
+NO_FIT = "layer 1 has weights or caches of shapes, dtypes, devices or strides that do not fit"
 BAD_LAYERS = {
     "norm": lambda layer: layer._replace(norm=layer.norm[1:]),
     "dtype": lambda layer: layer._replace(up=layer.up.double()),
