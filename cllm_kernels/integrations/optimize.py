@@ -60,7 +60,7 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     """Runs the linear layers of ``model`` by the package's own kernels inside the context, and as before after it.
 
     Weights stay where they are: nothing is copied or packed, so the state dict, ``save_pretrained`` and weights that
-    change are not concerned. Calls that need gradients, run under autocast or have more rows than pay go to torch as
+    change are not concerned; a parameter that is replaced during a decode may be in use from the next one on. Calls that need gradients, run under autocast or have more rows than pay go to torch as
     before. Linear layers of another class (quantised ones, adapters), with weights of another kind or with a forward that
     was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where
     nothing inside them has hooks or was changed, decode a window in one call for all, or in a few calls for each if a layer
