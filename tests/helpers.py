@@ -77,14 +77,18 @@ def count_calls(monkeypatch, module, names) -> dict[str, int]:
     """Counts the calls that a module makes of functions in it, by name."""
     counts = {}
     for name in names:
-        function = getattr(module, name)
-
-        def count(*arguments, name=name, function=function):
-            counts[name] = counts.get(name, 0) + 1
-            return function(*arguments)
-
-        monkeypatch.setattr(module, name, count)
+        monkeypatch.setattr(module, name, counted(counts, name, getattr(module, name)))
     return counts
+
+
+def counted(counts, name, function):
+    """The function, with its calls counted by that name."""
+
+    def count(*arguments):
+        counts[name] = counts.get(name, 0) + 1
+        return function(*arguments)
+
+    return count
 
 
 class Frames:

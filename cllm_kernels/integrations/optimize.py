@@ -60,9 +60,10 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     """Runs the linear layers of ``model`` by the package's own kernels inside the context, and as before after it.
 
     Weights stay where they are: nothing is copied or packed, so the state dict, ``save_pretrained`` and weights that
-    change are not concerned; a parameter that is replaced during a decode may be in use from the next one on. Calls that need gradients, run under autocast or have more rows than pay go to torch as
-    before. Linear layers of another class (quantised ones, adapters), with weights of another kind or with a forward that
-    was replaced are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where
+    change are not concerned; a parameter that is replaced during a decode may be in use from the next one on. Calls that
+    need gradients, run under autocast or have more rows than pay go to torch as before. Linear layers of another class
+    (quantised ones, adapters), with weights of another kind or with a forward that was replaced are left alone; hooks run as
+    they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where
     nothing inside them has hooks or was changed, decode a window in one call for all, or in a few calls for each if a layer
     has hooks, and leave out the padding of prompts.
 
@@ -222,7 +223,7 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
     gate, up, down = (getattr(mlp, f"{name}_proj")._parameters for name in ("gate", "up", "down"))
 
     def weights() -> DecoderLayer:
-        """Read anew in each call, lest one that was replaced stay in use."""
+        """As they are now: one that was replaced must not stay in use."""
         return DecoderLayer(
             first._parameters["weight"], first.variance_epsilon, query["weight"], key["weight"], value["weight"],
             query["bias"], key["bias"], value["bias"],
@@ -234,9 +235,7 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
         )  # fmt: skip
 
     def run(hidden_states, mask, angles, cache, keep):
-        cos, sin = angles
-        if cos.shape[0] != hidden_states.shape[0]:
-            cos, sin = (tensor.expand(hidden_states.shape[0], -1, -1) for tensor in (cos, sin))
+        cos, sin = _of_rows(angles, hidden_states.shape[0])
         w = weights()
         q, k, v = window_qkv(
             hidden_states, w.norm, w.eps, w.query, w.key, w.value, cos, sin, w.query_bias, w.key_bias, w.value_bias,
@@ -257,6 +256,11 @@ def _cpu_layer(layer: nn.Module, window: Callable[[nn.Module], int | None]) -> C
 
     run.weights = weights
     return run
+
+
+def _of_rows(angles: tuple[torch.Tensor, torch.Tensor], rows: int) -> tuple[torch.Tensor, ...]:
+    """cos and sin ``[B, n, D]``, where a model may give them once for all rows."""
+    return tuple(x if x.shape[0] == rows else x.expand(rows, -1, -1) for x in angles)
 
 
 def _most_rows(dtype: torch.dtype) -> float:
@@ -359,7 +363,7 @@ def _run_layers(model: nn.Module, input_ids: torch.Tensor, cache: JacobiCache, *
         lengths, starts, branch = from_mask(mask)
         if packing is not None:
             lengths = torch.maximum(lengths, starts)
-        cos, sin = (x if x.shape[0] == hidden.shape[0] else x.expand(hidden.shape[0], -1, -1) for x in angles)
+        cos, sin = _of_rows(angles, hidden.shape[0])
         hidden = held(hidden, cos, sin, lengths, starts, branch, keep, None if packing is None else packing.counts)
     if not (is_known(norm, last.input_layernorm, hidden) and last.forward.takes(hidden, cache)):
         return norm(hidden)

@@ -10,12 +10,12 @@
 namespace cllm::cpu {
 namespace {
 
-// Of at most so many tokens, what stands between the kernels is kept from call to call.
-constexpr int64_t kept_tokens = 1024;
+// Of at most so many tokens, what stands between the kernels is held from call to call.
+constexpr int64_t held_tokens = 1024;
 
-thread_local Scratch kept;
+thread_local Scratch scratch;
 
-// Neighbouring rows with equal numbers of tokens, of which attention takes the last `queries`.
+// Neighbouring rows with equal numbers of tokens, which attention takes together.
 struct Group {
   int64_t row, batch, width, first;  // first: its first token
 };
@@ -51,15 +51,18 @@ void decoder_layers(const DecoderParams& p, int threads) {
   const size_t key_at = pieces.add(tokens * keys * item), value_at = pieces.add(tokens * keys * item);
   const size_t lse_at = pieces.add(tokens * queries / p.dim * sizeof(float));
   Scratch own;
-  char* memory = pieces.reserve(tokens <= kept_tokens ? kept : own);
+  char* memory = pieces.reserve(tokens <= held_tokens ? scratch : own);
   char *query = memory + query_at, *key = memory + key_at, *value = memory + value_at, *attended = memory + attended_at;
   float* lse = reinterpret_cast<float*>(memory + lse_at);
-  std::vector<int32_t> lengths(p.lengths, p.lengths + p.batch);
+  std::vector<int32_t> last_lengths(p.batch);  // before the tokens that the last layer is asked for
+  for (int64_t row = 0; row < p.batch; ++row)
+    last_lengths[row] = p.lengths[row] + static_cast<int32_t>(p.counts[row] - p.keep);
   for (size_t i = 0; i < p.layer_count; ++i) {
     const DecoderLayer& layer = p.layers[i];
     const bool last = i + 1 == p.layer_count;
     const int64_t inputs = layer.query.outputs, key_inputs = layer.key.outputs;
     const int64_t heads = inputs / p.dim, kv_heads = key_inputs / p.dim;
+    const int32_t* lengths = last ? last_lengths.data() : p.lengths;
     qkv({p.hidden, layer.norm, layer.eps, layer.query, layer.key, layer.value, layer.query_norm, layer.key_norm,
          layer.head_eps, p.cos, p.sin, query, key, value, tokens, p.hidden_size, p.dim, p.dtype},
         threads);
@@ -78,10 +81,8 @@ void decoder_layers(const DecoderParams& p, int threads) {
                  group.batch, kv_heads, p.capacity, group.width, p.dim, p.dim, 0, p.dtype, p.dtype},
                 threads);
       const int64_t width = last ? p.keep : group.width, before = group.width - width;
-      for (int64_t row = group.row; row < group.row + group.batch; ++row)
-        lengths[row] = p.lengths[row] + static_cast<int32_t>(before);
       block_attention({Strided{at(query, (group.first + before) * inputs * item), {group.width * inputs, inputs, p.dim}},
-                       key_cache, value_cache, lengths.data() + group.row, p.starts + group.row, nullptr,
+                       key_cache, value_cache, lengths + group.row, p.starts + group.row, nullptr,
                        at(attended, done * inputs * item), lse, group.batch, width, heads, kv_heads, p.capacity, p.dim,
                        p.dim, layer.scale, layer.sliding_window, p.branch ? p.branch : width, 0, p.dtype},
                       threads);

@@ -52,8 +52,8 @@ constexpr bool on_amx = false;
 #endif
 template <class T>
 constexpr int linear_depth = on_amx && std::is_same<T, float>::value ? 256 : 0;
-// Weights of a layer, in bytes, that up to `linear_rows` rows read without fetching ahead there, on CPUs with AMX. Whether they
-// come from the L2 cache or the one behind it, the fetches would take more time (up to half) than the misses.
+// Bytes of weights that up to `linear_rows` rows read there without fetching ahead. Whether they come from the L2 cache or the
+// one behind it, the fetches would take more time (up to half) than the misses.
 constexpr int64_t small_layer = on_amx ? 1 << 20 : 0;
 constexpr int64_t long_row = 2048, least_rows = 4 * linear_rows, block_groups = 2, page_groups = 4;
 

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import COMMON, FAMILIES, VOCABULARY, count_calls, make_model, make_prompts
+from helpers import COMMON, FAMILIES, VOCABULARY, count_calls, counted, make_model, make_prompts
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -54,13 +54,7 @@ def assert_bits(family, got, want):
 def calls(monkeypatch):
     """Counts the calls of each op that swapped modules make, and of what runs several layers."""
     counts = count_calls(monkeypatch, module_under_test, ("window_linear", "window_qkv", "window_mlp"))
-    call = DecoderLayers.__call__
-
-    def count(*arguments):
-        counts["DecoderLayers"] = counts.get("DecoderLayers", 0) + 1
-        return call(*arguments)
-
-    monkeypatch.setattr(DecoderLayers, "__call__", count)
+    monkeypatch.setattr(DecoderLayers, "__call__", counted(counts, "DecoderLayers", DecoderLayers.__call__))
     return counts
 
 
