@@ -17,10 +17,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from cllm_kernels import backends
 from cllm_kernels.decoding.drafts import LookupDrafts
 
 VOCABULARY = 97
 PAD, EOS = 0, 1
+SPLIT_ROWS = 16  # of csrc/cpu/linear_split.h
 
 COMMON = dict(
     vocab_size=VOCABULARY,
@@ -52,6 +54,12 @@ FAMILIES = {
     "phi3": lambda: Phi3Config(**COMMON),
     "gpt_neox": lambda: GPTNeoXConfig(**{k: v for k, v in COMMON.items() if k != "num_key_value_heads"}),
 }
+
+
+def round_alike(dtype: torch.dtype, *rows: int) -> bool:
+    """Whether C++ linear layers give a row of x equal bits in calls of so many rows: see `window_linear`."""
+    split = dtype == torch.float32 and backends.EXTENSION.cpu_isa() == "amx"
+    return not split or len({count >= SPLIT_ROWS for count in rows}) == 1
 
 
 def make_model(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

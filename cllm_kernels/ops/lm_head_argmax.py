@@ -28,7 +28,7 @@ def lm_head_argmax(
     Logits are rounded to that dtype where the unfused path rounds: after the linear layer, whose sums are accumulated
     in float32 (never in TF32) and take the bias before they are rounded, and after each of the operations that follow.
     So what the unfused path makes a tie is a tie here too. The order of a sum is not fixed: two backends may round a
-    logit to neighbouring numbers. Those of "cpp" are the bits of `window_linear`, whatever rows stand beside.
+    logit to neighbouring numbers. Those of "cpp" are the bits of `window_linear` for as many rows.
     scale: a factor of the logits, 1 means none (Cohere's logit_scale; Granite divides: give 1 / logits_scaling).
     softcap: c > 0 replaces each logit x by c * tanh(x / c), in three operations, behind the scale (Gemma 2).
 

@@ -19,8 +19,8 @@ def fast_rows(dtype: torch.dtype) -> int:
 
     Times of up to 64 rows are in benchmarks/test_linear.py. With more, oneDNN's packed weights pay where the CPU multiplies
     bfloat16 without AMX; with AVX-512 and AVX2 alone the C++ kernel stayed twice as fast, up to 512, and with AMX as fast.
-    In float32 MKL on an Intel CPU takes 0.6 to 1 of its time from 64 rows on, which buys equal bits. Other CPUs were not
-    measured.
+    In float32 on an Intel CPU, MKL takes 0.6 to 1 of the time of the kernel for AVX-512 from 64 rows on, which buys equal bits,
+    and more than that for AMX. Other CPUs were not measured.
     """
     slower = dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() in ("avx512bf16", "baseline")
     return 128 if slower else 512
@@ -37,7 +37,10 @@ def window_linear(
 
     In C++, a result depends on its own row of x and on the weights alone: a row gives the same bits alone and in a
     window, so that decoding token by token and by windows agree. Above `fast_rows` rows, and where the backend is
-    "torch", torch's own linear runs, for which this does not hold.
+    "torch", torch's own linear runs, for which this does not hold. With AMX, float32 is the exception: from 16 rows on,
+    numbers are multiplied as sums of three bfloat16 numbers (Henry, Tang and Heinecke 2019, arXiv 1904.06376). There a row has
+    equal bits whatever stands beside it, but others than in a call of fewer rows; sums are as close as float32's, within a
+    factor of two, and infinities give NaN. CLLM_CPU_ISA=avx512bf16 leaves AMX out, which takes longer and has equal bits.
 
     With AVX-512 BF16 and AMX, products of bfloat16 are added in pairs and numbers below float32's normal range count as 0.
 

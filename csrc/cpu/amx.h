@@ -52,19 +52,19 @@ CLLM_INLINE void zero_sums() {
 }
 
 // Adds the products of first operands, whose rows are `row_bytes` and which are `next_first` bytes apart, and second ones,
-// `next_second` bytes apart.
-template <int G, int P, int Columns = 16>
+// `next_second` bytes apart. Without `First` or `Second` these are in their tiles already.
+template <int G, int P, int Columns = 16, bool First = true, bool Second = true>
 CLLM_INLINE void add_tile_products(const char* first, int64_t row_bytes, int64_t next_first, const char* second,
                                    int64_t next_second) {
-  _tile_loadd(4, first, row_bytes);
-  _tile_loadd(6, second, 4 * Columns);
+  if constexpr (First) _tile_loadd(4, first, row_bytes);
+  if constexpr (Second) _tile_loadd(6, second, 4 * Columns);
   _tile_dpbf16ps(0, 4, 6);
   if constexpr (P > 1) {
-    _tile_loadd(7, second + next_second, 4 * Columns);
+    if constexpr (Second) _tile_loadd(7, second + next_second, 4 * Columns);
     _tile_dpbf16ps(1, 4, 7);
   }
   if constexpr (G > 1) {
-    _tile_loadd(5, first + next_first, row_bytes);
+    if constexpr (First) _tile_loadd(5, first + next_first, row_bytes);
     _tile_dpbf16ps(2, 5, 6);
     if constexpr (P > 1) _tile_dpbf16ps(3, 5, 7);
   }

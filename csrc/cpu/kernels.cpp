@@ -4,6 +4,7 @@
 #include "argmax.h"
 #include "attention_tile.h"
 #include "linear_amx.h"
+#include "linear_split.h"
 #include "linear_tile.h"
 #include "rotary.h"
 #include "row_ops.h"
@@ -45,6 +46,24 @@ constexpr auto bf16_begin = amx_begin;
 constexpr auto bf16_end = amx_end;
 constexpr auto bf16_linear = amx_linear;
 constexpr auto gated_linear = amx_gated;
+
+LinearLayout f32_layout(const LinearParams& p) { return is_split(p) ? split_layout(p) : linear_layout<float>(p); }
+
+void f32_inputs(const LinearParams& p, int64_t row, void* to) {
+  is_split(p) ? split_inputs(p, row, to) : linear_inputs<float>(p, row, to);
+}
+
+void f32_begin(const LinearParams& p) {
+  if (is_split(p)) configure_tiles();
+}
+
+void f32_end(const LinearParams& p) {
+  if (is_split(p)) _tile_release();
+}
+
+void f32_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+  is_split(p) ? split_linear(p, begin, end, next) : linear<float>(p, begin, end, next);
+}
 #else
 constexpr auto bf16_layout = linear_layout<bf16_t>;
 constexpr auto bf16_inputs = linear_inputs<bf16_t>;
@@ -52,26 +71,31 @@ void bf16_begin(const LinearParams&) {}
 void bf16_end(const LinearParams&) {}
 constexpr auto bf16_linear = linear<bf16_t>;
 constexpr decltype(Kernels::gated_linear) gated_linear = nullptr;  // no layout asks for it
+constexpr auto f32_layout = linear_layout<float>;
+constexpr auto f32_inputs = linear_inputs<float>;
+void f32_begin(const LinearParams&) {}
+void f32_end(const LinearParams&) {}
+constexpr auto f32_linear = linear<float>;
 #endif
 
 LinearLayout linear_layout_any(const LinearParams& p) {
-  return p.dtype == DType::f32 ? linear_layout<float>(p) : bf16_layout(p);
+  return p.dtype == DType::f32 ? f32_layout(p) : bf16_layout(p);
 }
 
 void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
-  return p.dtype == DType::f32 ? linear_inputs<float>(p, row, to) : bf16_inputs(p, row, to);
+  return p.dtype == DType::f32 ? f32_inputs(p, row, to) : bf16_inputs(p, row, to);
 }
 
 void linear_begin_any(const LinearParams& p) {
-  if (p.dtype == DType::bf16) bf16_begin(p);
+  p.dtype == DType::f32 ? f32_begin(p) : bf16_begin(p);
 }
 
 void linear_end_any(const LinearParams& p) {
-  if (p.dtype == DType::bf16) bf16_end(p);
+  p.dtype == DType::f32 ? f32_end(p) : bf16_end(p);
 }
 
 void linear_any(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
-  return p.dtype == DType::f32 ? linear<float>(p, begin, end, next) : bf16_linear(p, begin, end, next);
+  return p.dtype == DType::f32 ? f32_linear(p, begin, end, next) : bf16_linear(p, begin, end, next);
 }
 
 // Calls `body` with a null pointer of the type that `dtype` names, float32 or bfloat16.

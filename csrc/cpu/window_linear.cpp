@@ -377,8 +377,12 @@ void mlp_rows(const MlpParams& p, int threads) {
 // p.rows rows, by as many as are held at once.
 template <class Params>
 void in_parts(const Params& p, int threads, void (*run)(const Params&, int)) {
-  for (int64_t row = 0; row < p.rows; row += held_rows)
-    run(rows_of(p, row, std::min(held_rows, p.rows - row)), threads);
+  // Equal parts, since how a row is rounded may depend on how many there are.
+  const int64_t parts = (p.rows + held_rows - 1) / held_rows;
+  for (int64_t i = 0; i < parts; ++i) {
+    const int64_t row = p.rows * i / parts;
+    run(rows_of(p, row, p.rows * (i + 1) / parts - row), threads);
+  }
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from helpers import round_alike
 
 from cllm_kernels import backends
 from cllm_kernels.ops import append_kv_, block_attention, window_mlp, window_qkv
@@ -73,6 +74,10 @@ def one_by_one(layers, caches, x, cos, sin, lengths, starts, branch=0):
     return x
 
 
+def assert_same(got, want, bits):
+    torch.testing.assert_close(got, want, **(dict(rtol=0, atol=0) if bits else dict(rtol=1e-5, atol=1e-5)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("batch", "width", "branch", "extras", "sliding_window"),
@@ -105,7 +110,8 @@ def test_the_last_positions_alone(keep, dtype, backend):
     window, caches = make_window(3, dtype=dtype), make_caches(layers, 3, dtype)
     others = [tuple(tensor.clone() for tensor in cache) for cache in caches]
     want = one_by_one(layers, others, *window)[:, -keep:]
-    assert torch.equal(DecoderLayers(layers, caches, DIM)(*window, keep=keep), want)
+    got = DecoderLayers(layers, caches, DIM)(*window, keep=keep)
+    assert_same(got, want, round_alike(dtype, want.shape[0] * want.shape[1], window[0].shape[0] * window[0].shape[1]))
     for cache, other in zip(caches, others, strict=True):
         assert all(map(torch.equal, cache, other))
 
@@ -125,9 +131,11 @@ def test_rows_of_different_numbers_of_tokens(counts, dtype, backend):
         want.append(one_by_one(layers, mine, *window)[:, -3:])
     parts = [torch.cat(tensors, 1) for tensors in list(zip(*windows, strict=True))[:3]]
     rows = [torch.cat(tensors) for tensors in list(zip(*windows, strict=True))[3:]]
-    assert torch.equal(run(*parts, *rows, keep=3, counts=counts), torch.cat(want))
+    alike = round_alike(dtype, sum(counts), 3 * len(counts), *counts)
+    assert_same(run(*parts, *rows, keep=3, counts=counts), torch.cat(want), alike)
     for cache, other in zip(caches, others, strict=True):
-        assert all(map(torch.equal, cache, other))
+        for mine, its in zip(cache, other, strict=True):
+            assert_same(mine, its, alike)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

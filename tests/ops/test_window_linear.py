@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from helpers import SPLIT_ROWS, round_alike
 
 from cllm_kernels import backends
 from cllm_kernels.ops import window_linear, window_mlp, window_qkv
@@ -92,6 +93,17 @@ def test_linear_equals_the_reference(rows, dtype, backend):
         check("linear", (x, weight), backend)
 
 
+@pytest.mark.parametrize("inputs", [33, 896, 4096])
+@pytest.mark.parametrize("spread", [0, 10])
+def test_many_rows_of_float32_are_as_close_as_few(spread, inputs, isa):
+    """Where they are multiplied in parts too, and of numbers of all sizes."""
+    x, weight = (random(count, inputs) * 2.0 ** torch.randint(-spread, spread + 1, (count, inputs)) for count in (SPLIT_ROWS, 64))
+    exact, largest = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    few, many = torch.cat([window_linear(part, weight, None, "cpp") for part in x.split(4)]), window_linear(x, weight, None, "cpp")
+    error, baseline = (((result.double() - exact) / largest).square().mean().sqrt() for result in (many, few))
+    assert error <= 2.5 * baseline
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("extras", [False, True])
 @pytest.mark.parametrize(
@@ -108,11 +120,11 @@ def test_layers_equal_the_reference(sizes, extras, dtype, backend):
     check("mlp", make_mlp(*shape, heads * dim, inner, dtype, extras), backend)
 
 
-def single_row(arguments, index):
-    """The arguments with batch row 0 and window row `index` alone, where they have one."""
+def single_row(arguments, index, copies):
+    """The arguments with batch row 0 and window row `index` alone, where they have one, so many times."""
     width = arguments[0].shape[1]
     return tuple(
-        a[:1, index : index + 1] if isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[1] == width else a
+        a[:1, index : index + 1].repeat(1, copies, 1) if isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[1] == width else a
         for a in arguments
     )
 
@@ -122,6 +134,7 @@ def single_row(arguments, index):
 def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows, dtype, backend):
     if backend == "torch":
         pytest.skip("torch's own linear does not promise this")
+    copies = 1 if round_alike(dtype, 1, rows) else SPLIT_ROWS
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
@@ -131,7 +144,8 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows, dtype, backend)
                 x, weight, bias = make_linear(rows, outputs, inputs, dtype)
                 together = window_linear(x, weight, bias, backend)
                 for row in {0, rows // 2, rows - 1}:
-                    assert torch.equal(window_linear(x[row : row + 1], weight, bias, backend)[0], together[row])
+                    alone = window_linear(x[row].repeat(copies, 1), weight, bias, backend)
+                    assert torch.equal(alone[0], together[row])
                     others = x.clone()
                     others[torch.arange(rows) != row] = math.nan
                     assert torch.equal(window_linear(others, weight, bias, backend)[row], together[row])
@@ -142,7 +156,8 @@ def test_a_row_has_the_same_bits_whatever_stands_beside_it(rows, dtype, backend)
                 (window_mlp, make_mlp(1, rows, 1024, 16, 2048, dtype)),
             ):
                 for row in {0, rows // 2, rows - 1}:
-                    alone, together = op(*single_row(arguments, row), backend=backend), op(*arguments, backend=backend)
+                    alone = op(*single_row(arguments, row, copies), backend=backend)
+                    together = op(*arguments, backend=backend)
                     pairs = zip(alone, together) if isinstance(alone, tuple) else [(alone, together)]
                     assert all(torch.equal(one[0, 0], all_rows[0, row]) for one, all_rows in pairs)
         finally:

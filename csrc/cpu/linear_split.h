@@ -1,0 +1,252 @@
+// A linear layer in float32 on AMX tiles of bfloat16, for more rows than the FMA is fast for. Included only by kernels.cpp.
+//
+// The 24 bits of a number are three bfloat16 numbers of 8 bits: a high, a middle and a low part, whose sum it is. Of the nine
+// products of the parts of two numbers six are added up; the other three are below 2^-21 of the whole and average to 2^-24,
+// so that a sum is about as close as one of float32 products (Henry, Tang and Heinecke 2019, arXiv 1904.06376). Parts of
+// weights are made beside the products of those before, since vectors and tiles have units of their own, and are read from
+// the L1 cache.
+//
+// A panel of x holds three tiles of parts for every 32 inputs. A sum goes through one element of an accumulator in the order
+// of the inputs: its bits depend on its own row of x and its own weights alone. Parts below float32's normal range count as
+// 0, and a number that is not finite gives NaN.
+#pragma once
+
+#include "amx.h"
+#include "kernels.h"
+#include "linear_amx.h"
+#include "quad.h"
+
+#if defined(__AMX_BF16__)
+
+namespace cllm::cpu {
+namespace {
+
+// Where splitting the weights costs less than the products of so many rows.
+constexpr int64_t split_rows = 16;
+constexpr int64_t parts_bytes = 3 * tile_bytes;
+// Of a row of weights that is longer than a page so many inputs are fetched ahead; then the hardware sees that it is read on.
+constexpr int64_t split_fetched = 256;
+
+struct Parts {
+  __m512i high, middle, low;
+};
+
+// The upper halves of a's values in the lower halves of b's, whose upper ones stay.
+CLLM_INLINE __m512i upper_halves(vfloat a, vfloat b) {
+  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));
+  return _mm512_mask_shuffle_epi8((__m512i)b, 0x3333333333333333, (__m512i)a, order);
+}
+
+CLLM_INLINE Parts parts_of(vfloat a, vfloat b) {
+  const auto rest = [](vfloat x) { return x - (vfloat)_mm512_and_si512((__m512i)x, _mm512_set1_epi32(~0xffff)); };
+  Parts parts;
+  parts.high = upper_halves(a, b);
+  a = rest(a);
+  b = rest(b);
+  parts.middle = upper_halves(a, b);
+  parts.low = upper_halves(rest(a), rest(b));
+  return parts;
+}
+
+// To the tiles of the three parts, which are `next` bytes from each other.
+CLLM_INLINE void store_parts(const Parts& parts, char* to, int64_t next) {
+  _mm512_storeu_si512(to, parts.high);
+  _mm512_storeu_si512(to + next, parts.middle);
+  _mm512_storeu_si512(to + 2 * next, parts.low);
+}
+
+// 16 numbers of a row from `k` on, with zeros behind the last.
+CLLM_INLINE vfloat numbers_from(const float* row, int64_t k, int64_t inputs) {
+  return k + native <= inputs ? load(row + k) : load_register<vfloat, true>(row + k, maximum(inputs - k, 0));
+}
+
+bool is_split(const LinearParams& p) { return p.dtype == DType::f32 && p.rows >= split_rows; }
+
+LinearLayout split_layout(const LinearParams& p) {
+  return {2 * tile_rows, tile_rows, static_cast<size_t>(round_up(p.inputs, tile_inputs) / tile_inputs * parts_bytes / tile_rows)};
+}
+
+// A panel of x from `row` on.
+void split_inputs(const LinearParams& p, int64_t row, void* to) {
+  const char* x = static_cast<const char*>(p.x) + row * p.x_bytes;
+  const int64_t rows = minimum(p.rows - row, tile_rows);
+  char* tiles = static_cast<char*>(to);
+  for (int64_t k = 0; k < p.inputs; k += tile_inputs, tiles += parts_bytes) {
+    __m512i numbers[2][tile_rows];
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 16
+      for (int i = 0; i < tile_rows; ++i)
+        numbers[half][i] = i < rows ? (__m512i)numbers_from(reinterpret_cast<const float*>(x + i * p.x_bytes),
+                                                            k + half * native, p.inputs)
+                                    : __m512i{};
+      transpose(numbers[half]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < tile_rows; ++i)
+      store_parts(parts_of((vfloat)numbers[0][i], (vfloat)numbers[1][i]), tiles + 64 * i, tile_bytes);
+  }
+}
+
+// Up to 32 rows of weights.
+struct Strip {
+  const float* first;
+  int64_t count;
+};
+
+// Makes the parts of 32 inputs of a strip from `k` on, some rows at a time. Each part is two tiles. Meanwhile lines of another
+// strip are fetched into the L2 cache, unless `fetched` is null.
+class Splitting {
+ public:
+  Splitting(const LinearParams& p, const Strip& strip, int64_t k, char* to, const float* fetched)
+      : stride_(p.weight_stride), left_(strip.count), inputs_(p.inputs - k), row_(strip.first + k), fetched_(fetched), to_(to) {}
+
+  inline __attribute__((always_inline)) void some(int64_t count) {
+    count = minimum(count, left_);
+    left_ -= count;
+    if (inputs_ < tile_inputs) {
+      for (; count > 0; --count) split<true, false>();
+    } else if (fetched_) {
+      for (; count > 0; --count) split<false, true>();
+    } else {
+      for (; count > 0; --count) split<false, false>();
+    }
+  }
+
+ private:
+  template <bool Tail, bool Fetch>
+  inline __attribute__((always_inline)) void split() {
+    const vfloat a = Tail ? numbers_from(row_, 0, inputs_) : load(row_);
+    const vfloat b = Tail ? numbers_from(row_, native, inputs_) : load(row_ + native);
+    store_parts(parts_of(a, b), to_, 2 * tile_bytes);
+    row_ += stride_;
+    to_ += 64;
+    if (!Fetch) return;
+    __builtin_prefetch(fetched_, 0, 2);
+    __builtin_prefetch(fetched_ + native, 0, 2);
+    fetched_ += stride_;
+  }
+
+  int64_t stride_, left_, inputs_;
+  const float *row_, *fetched_;
+  char* to_;
+};
+
+// Sums of strips by pairs of panels, one pair after the other. Beside its last products the parts of the next strip are begun
+// and the sums before are written, so that the tiles do not wait.
+class SplitSums {
+ public:
+  SplitSums(const LinearParams& p, const Strip& first) : p_(p) { Splitting(p, first, 0, parts_[0], nullptr).some(first.count); }
+
+  // Of a strip, the outputs from `output` on, in G tiles, and of P panels from `row` on. After it comes `next`. The first
+  // `fetched` inputs of the rows at `fetch` are fetched.
+  template <int G, int P>
+  void add(int64_t row, int64_t output, const Strip& strip, const Strip& next, const float* fetch, int64_t fetched) {
+    constexpr int times = 6;
+    const int64_t panel_bytes = tile_rows * p_.x_bytes;
+    const char* x = static_cast<const char*>(p_.x) + row * p_.x_bytes;
+    zero_sums<G, P>();
+    for (int64_t k = 0; k < p_.inputs; k += tile_inputs, x += parts_bytes) {
+      const char *high = parts_[odd_], *middle = high + 2 * tile_bytes, *low = middle + 2 * tile_bytes;
+      odd_ = !odd_;
+      const bool last = k + tile_inputs >= p_.inputs;
+      Splitting splitting(p_, last ? next : strip, last ? 0 : k + tile_inputs, parts_[odd_], k < fetched ? fetch + k : nullptr);
+      const auto products = [&](auto first, const char* w, auto second, const char* columns, int time) {
+        tile_barrier();
+        add_tile_products<G, P, tile_rows, decltype(first)::value, decltype(second)::value>(w, 64, tile_bytes, columns,
+                                                                                            panel_bytes);
+        tile_barrier();
+        constexpr int count = 2 * tile_rows;
+        splitting.some(count * (time + 1) / times - count * time / times);
+      };
+      constexpr std::true_type load;
+      constexpr std::false_type keep;
+      products(load, high, load, x + 2 * tile_bytes, 0);
+      products(keep, high, load, x + tile_bytes, 1);
+      products(keep, high, load, x, 2);
+      products(load, low, keep, x, 3);
+      products(load, middle, keep, x, 4);
+      products(keep, middle, load, x + tile_bytes, 5);
+      write_tile();
+    }
+    finish();
+    tile_barrier();
+    _tile_stored(0, sums_[0], 64);
+    if constexpr (P > 1) _tile_stored(1, sums_[1], 64);
+    if constexpr (G > 1) _tile_stored(2, sums_[P], 64);
+    if constexpr (G > 1 && P > 1) _tile_stored(3, sums_[3], 64);
+    tile_barrier();
+    row_ = row;
+    output_ = output;
+    count_ = strip.count;
+    panels_ = P;
+    tiles_ = G * P;
+    written_ = 0;
+  }
+
+  // Writes what is still to be written.
+  void finish() {
+    while (written_ < tiles_) write_tile();
+  }
+
+ private:
+  void write_tile() {
+    if (written_ == tiles_) return;
+    const int64_t row = row_ + written_ % panels_ * tile_rows, before = written_ / panels_ * tile_rows;
+    const int64_t output = output_ + before, rows = minimum(p_.rows - row, tile_rows);
+    const __mmask16 mask = static_cast<__mmask16>((1u << minimum(count_ - before, tile_rows)) - 1);
+    const vfloat bias = p_.bias ? _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p_.bias) + output) : vfloat{};
+    __m512i by_row[tile_rows];
+#pragma GCC unroll 16
+    for (int i = 0; i < tile_rows; ++i) by_row[i] = (__m512i)load(sums_[written_] + i * tile_rows);
+    transpose(by_row);
+    float* out = static_cast<float*>(p_.out) + row * p_.out_stride + output;
+#pragma GCC unroll 16
+    for (int i = 0; i < tile_rows; ++i)
+      if (i < rows) _mm512_mask_storeu_ps(out + i * p_.out_stride, mask, (vfloat)by_row[i] + bias);
+    ++written_;
+  }
+
+  const LinearParams& p_;
+  alignas(64) char parts_[2][2 * parts_bytes];
+  bool odd_ = false;
+  alignas(64) float sums_[4][tile_rows * tile_rows];
+  int64_t row_ = 0, output_ = 0, count_ = 0;
+  int panels_ = 1, tiles_ = 0, written_ = 0;
+};
+
+// Blocks of rows stay in the L2 cache.
+void split_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
+  constexpr int64_t most = 2 * tile_rows;
+  const auto weights = [&](int64_t output) { return static_cast<const float*>(p.weight) + output * p.weight_stride; };
+  const auto strip_at = [&](int64_t output) { return Strip{weights(output), maximum(minimum(most, end - output), 0)}; };
+  const float* after = next ? static_cast<const float*>(next) : weights(end);
+  const int64_t fetched = p.weight_stride * static_cast<int64_t>(sizeof(float)) <= page_bytes ? p.inputs : split_fetched;
+  const int64_t block = amx_block_rows(p);
+  for (int64_t first = 0; first < p.rows; first += block) {
+    const int64_t behind = minimum(first + block, p.rows);
+    SplitSums sums(p, strip_at(begin));
+    for (int64_t output = begin; output < end; output += most) {
+      const Strip strip = strip_at(output), later = strip_at(output + most);
+      const float* fetch = later.count ? later.first : behind < p.rows ? weights(begin) : after;
+      for (int64_t row = first; row < behind; row += most) {
+        const auto add = [&](auto tiles, auto panels) {
+          sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, row + most < behind ? strip : later, fetch,
+                                                                    row == first ? fetched : 0);
+        };
+        using One = std::integral_constant<int, 1>;
+        using Two = std::integral_constant<int, 2>;
+        const bool wide = behind - row > tile_rows;
+        if (strip.count > tile_rows)
+          wide ? add(Two{}, Two{}) : add(Two{}, One{});
+        else
+          wide ? add(One{}, Two{}) : add(One{}, One{});
+      }
+    }
+    sums.finish();
+  }
+}
+
+}  // namespace
+}  // namespace cllm::cpu
+#endif
