@@ -63,7 +63,8 @@ CLLM_INLINE vfloat numbers_from(const float* row, int64_t k, int64_t inputs) {
 bool is_split(const LinearParams& p) { return p.dtype == DType::f32 && p.rows >= split_rows; }
 
 LinearLayout split_layout(const LinearParams& p) {
-  return {2 * tile_rows, tile_rows, static_cast<size_t>(round_up(p.inputs, tile_inputs) / tile_inputs * parts_bytes / tile_rows)};
+  const int64_t steps = (p.inputs + tile_inputs - 1) / tile_inputs;
+  return {2 * tile_rows, tile_rows, static_cast<size_t>(steps * parts_bytes / tile_rows)};
 }
 
 // A panel of x from `row` on.
@@ -99,7 +100,12 @@ struct Strip {
 class Splitting {
  public:
   Splitting(const LinearParams& p, const Strip& strip, int64_t k, char* to, const float* fetched)
-      : stride_(p.weight_stride), left_(strip.count), inputs_(p.inputs - k), row_(strip.first + k), fetched_(fetched), to_(to) {}
+      : stride_(p.weight_stride),
+        left_(strip.count),
+        inputs_(p.inputs - k),
+        row_(strip.first + k),
+        fetched_(fetched),
+        to_(to) {}
 
   inline __attribute__((always_inline)) void some(int64_t count) {
     count = minimum(count, left_);
@@ -230,9 +236,10 @@ void split_linear(const LinearParams& p, int64_t begin, int64_t end, const void*
       const Strip strip = strip_at(output), later = strip_at(output + most);
       const float* fetch = later.count ? later.first : behind < p.rows ? weights(begin) : after;
       for (int64_t row = first; row < behind; row += most) {
+        const Strip& then = row + most < behind ? strip : later;
+        const int64_t inputs = row == first ? fetched : 0;
         const auto add = [&](auto tiles, auto panels) {
-          sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, row + most < behind ? strip : later, fetch,
-                                                                    row == first ? fetched : 0);
+          sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then, fetch, inputs);
         };
         using One = std::integral_constant<int, 1>;
         using Two = std::integral_constant<int, 2>;

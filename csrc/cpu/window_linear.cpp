@@ -26,6 +26,9 @@ constexpr int64_t tasks_per_thread = 8;
 // enough for the L2 cache, and enough that starting a search costs nothing.
 constexpr int64_t head_bytes = 256 << 10, head_outputs = 480;
 
+// Bytes of x that each thread writes again.
+constexpr size_t own_bytes = 256 << 10;
+
 // Rows for which the results between the linear layers of a decoder layer are held.
 constexpr int64_t held_rows = 512;
 
@@ -89,8 +92,20 @@ struct Inputs {
     }
   }
 
-  void prepare(char* memory) const {
-    if (layout.row_bytes) prepare(memory, [](int64_t) {});
+  // A small single group each thread writes for itself, which takes less than waiting for the one that does.
+  bool by_each() const { return groups() == 1 && size() <= own_bytes; }
+  size_t size(int team) const { return by_each() ? team * size() : size(); }
+
+  // x as it is, by all threads of a parallel region. Returns `p` with it.
+  LinearParams prepare(LinearParams p, char* memory) const {
+    if (!layout.row_bytes) return p;
+    if (by_each()) {
+      memory += omp_get_thread_num() * size();
+      run.linear_inputs(params, 0, memory);
+    } else {
+      prepare(memory, [](int64_t) {});
+    }
+    return prepared(p, memory);
   }
 
   LinearParams prepared(LinearParams p, const char* memory) const {
@@ -165,16 +180,15 @@ class Tasks {
 // A layer's outputs as tasks. Inside a parallel region `run` computes this thread's part of them.
 class LayerTasks {
  public:
-  LayerTasks(const LinearParams& p, int64_t multiple, int team)
-      : params_(p), step_(outputs_per_task(p.outputs, multiple, team)), tasks_((p.outputs + step_ - 1) / step_, team) {}
+  LayerTasks(int64_t outputs, int64_t multiple, int team)
+      : step_(outputs_per_task(outputs, multiple, team)), tasks_((outputs + step_ - 1) / step_, team) {}
 
-  void run(const Kernels& kernels, int thread) {
+  void run(const Kernels& kernels, const LinearParams& p, int thread) {
     for (int64_t task; (task = tasks_.take(thread)) >= 0;)
-      kernels.linear(params_, task * step_, std::min((task + 1) * step_, params_.outputs), nullptr);
+      kernels.linear(p, task * step_, std::min((task + 1) * step_, p.outputs), nullptr);
   }
 
  private:
-  const LinearParams& params_;
   int64_t step_;
   Tasks tasks_;
 };
@@ -184,22 +198,21 @@ class LayerTasks {
 void linear(const LinearParams& params, int threads) {
   const Kernels& run = kernels();
   const Inputs inputs(run, params);
+  const int team = team_size(work_of(params), threads);
   Pieces pieces;
-  pieces.add(inputs.size());
+  pieces.add(inputs.size(team));
   char* memory = pieces.reserve(scratch);
-  const LinearParams p = inputs.prepared(params, memory);
-  const int team = team_size(work_of(p), threads);
   if (team == 1) {
-    inputs.prepare(memory);
+    const LinearParams p = inputs.prepare(params, memory);
     const LinearScope scope(run, p);
     return run.linear(p, 0, p.outputs, nullptr);
   }
-  LayerTasks tasks(p, inputs.layout.outputs, team);
+  LayerTasks tasks(params.outputs, inputs.layout.outputs, team);
 #pragma omp parallel num_threads(team)
   {
-    inputs.prepare(memory);
+    const LinearParams p = inputs.prepare(params, memory);
     const LinearScope scope(run, p);
-    tasks.run(run, omp_get_thread_num());
+    tasks.run(run, p, omp_get_thread_num());
   }
 }
 
@@ -213,16 +226,15 @@ void lm_head_argmax(const HeadParams& p, int threads) {
   const int64_t most = std::clamp(head_bytes / (rows * item), multiple, head_outputs) / multiple * multiple;
   const int64_t step = std::min(most, outputs_per_task(whole.outputs, multiple, team));
   Pieces pieces;
-  pieces.add(inputs.size());
+  pieces.add(inputs.size(team));
   const size_t logits_at = pieces.add(0), logits_size = (rows * step * item + 63) / 64 * 64;
   pieces.add(team * logits_size);
   char* memory = pieces.reserve(scratch);
-  const LinearParams prepared = inputs.prepared(whole, memory);
   std::vector<Best> found(team * rows, Best{-INFINITY, whole.outputs, false});
   Tasks tasks((whole.outputs + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
-    inputs.prepare(memory);
+    const LinearParams prepared = inputs.prepare(whole, memory);
     const LinearScope scope(run, prepared);
     const int thread = omp_get_thread_num();
     char* logits = memory + logits_at + thread * logits_size;
@@ -316,35 +328,33 @@ void mlp_rows(const MlpParams& p, int threads) {
   };
   const Inputs sizes = inputs_of(p.gate, p.hidden);  // as in `qkv_rows`
   const bool gated = sizes.layout.gated && p.gate.stride == p.up.stride && !p.gate.bias && !p.up.bias;
+  const auto work = [&](const LinearWeights& w, int64_t inputs) { return work_of(inputs_of(w, inputs).params); };
+  const int team = team_size(work(p.output, p.inputs) + 2 * work(p.gate, p.hidden) + work(p.down, inner), threads,
+                             parallel_mlp_work);
   Pieces pieces;
-  const size_t attended_at = pieces.add(inputs_of(p.output, p.inputs).size());
+  const size_t attended_at = pieces.add(inputs_of(p.output, p.inputs).size(team));
   const size_t sum_at = pieces.add(p.rows * row_bytes);
   const size_t normed_at = pieces.add(p.rows * row_bytes), gate_inputs_at = pieces.add(sizes.size());
   const size_t between = gated ? 0 : p.rows * inner * item;
   const size_t gate_at = pieces.add(between), up_at = pieces.add(between);
-  const size_t down_inputs_at = pieces.add(inputs_of(p.down, inner).size());
+  const size_t down_inputs_at = pieces.add(inputs_of(p.down, inner).size(team));
   char* memory = pieces.reserve(scratch);
   char *sum = memory + sum_at, *normed = memory + normed_at, *gate = memory + gate_at, *up = memory + up_at;
   char* out = static_cast<char*>(p.out);
   const Inputs attended(run, layer(p.output, p.attended, p.inputs, sum, p.rows, p.dtype));
   const Inputs gate_inputs(run, layer(p.gate, normed, p.hidden, gate, p.rows, p.dtype));
   const Inputs down_inputs(run, layer(p.down, gate, inner, sum, p.rows, p.dtype));
-  const LinearParams output = attended.prepared(attended.params, memory + attended_at);
   const LinearParams gates = gate_inputs.prepared(gate_inputs.params, memory + gate_inputs_at);
   const LinearParams ups =
       gate_inputs.prepared(layer(p.up, normed, p.hidden, up, p.rows, p.dtype), memory + gate_inputs_at);
-  const LinearParams down = down_inputs.prepared(down_inputs.params, memory + down_inputs_at);
-  const int64_t work = work_of(output) + work_of(gates) + work_of(ups) + work_of(down);
-  const int team = team_size(work, threads, parallel_mlp_work);
   const int64_t multiple = attended.layout.outputs, step = gated ? multiple : outputs_per_task(inner, multiple, team);
-  LayerTasks output_tasks(output, multiple, team), down_tasks(down, multiple, team);
+  LayerTasks output_tasks(p.output.outputs, multiple, team), down_tasks(p.down.outputs, multiple, team);
   Tasks tasks((inner + step - 1) / step, team);
 #pragma omp parallel num_threads(team) if (team > 1)
   {
     const int thread = omp_get_thread_num();
-    const LinearScope scope(run, output);
-    attended.prepare(memory + attended_at);
-    output_tasks.run(run, thread);
+    const LinearScope scope(run, gates);
+    output_tasks.run(run, attended.prepare(attended.params, memory + attended_at), thread);
 #pragma omp barrier
     gate_inputs.prepare(memory + gate_inputs_at, [&](int64_t row) {
       char* here = out + row * row_bytes;
@@ -365,8 +375,9 @@ void mlp_rows(const MlpParams& p, int threads) {
       run.silu_multiply(gate + begin * item, up + begin * item, p.rows, end - begin, inner, p.dtype);
     }
 #pragma omp barrier
-    if (!gated) down_inputs.prepare(memory + down_inputs_at);
-    down_tasks.run(run, thread);
+    const LinearParams& down = down_inputs.params;
+    down_tasks.run(run, gated ? down_inputs.prepared(down, memory + down_inputs_at)
+                              : down_inputs.prepare(down, memory + down_inputs_at), thread);
 #pragma omp barrier
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < p.rows; ++row)

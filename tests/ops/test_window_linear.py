@@ -97,9 +97,12 @@ def test_linear_equals_the_reference(rows, dtype, backend):
 @pytest.mark.parametrize("spread", [0, 10])
 def test_many_rows_of_float32_are_as_close_as_few(spread, inputs, isa):
     """Where they are multiplied in parts too, and of numbers of all sizes."""
-    x, weight = (random(count, inputs) * 2.0 ** torch.randint(-spread, spread + 1, (count, inputs)) for count in (SPLIT_ROWS, 64))
+    x, weight = random(SPLIT_ROWS, inputs), random(64, inputs)
+    for tensor in (x, weight):
+        tensor *= 2.0 ** torch.randint(-spread, spread + 1, tensor.shape)
     exact, largest = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    few, many = torch.cat([window_linear(part, weight, None, "cpp") for part in x.split(4)]), window_linear(x, weight, None, "cpp")
+    many = window_linear(x, weight, None, "cpp")
+    few = torch.cat([window_linear(part, weight, None, "cpp") for part in x.split(4)])
     error, baseline = (((result.double() - exact) / largest).square().mean().sqrt() for result in (many, few))
     assert error <= 2.5 * baseline
 
@@ -124,7 +127,9 @@ def single_row(arguments, index, copies):
     """The arguments with batch row 0 and window row `index` alone, where they have one, so many times."""
     width = arguments[0].shape[1]
     return tuple(
-        a[:1, index : index + 1].repeat(1, copies, 1) if isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[1] == width else a
+        a[:1, index : index + 1].repeat(1, copies, 1)
+        if isinstance(a, torch.Tensor) and a.dim() == 3 and a.shape[1] == width
+        else a
         for a in arguments
     )
 
