@@ -43,8 +43,8 @@ class DecoderLayers:
     """Decoder layers and their caches, checked and held for the windows of a decode, on the CPU.
 
     A call does what `window_qkv`, `append_kv_`, `block_attention` and `window_mlp` do for one layer after the other with
-    the backend "cpp", and gives the same bits. Four calls in each layer cost more in Python than the kernels of a small
-    model.
+    the backend "cpp", and gives the same bits for as many rows (see `window_linear`). Four calls in each layer cost more in
+    Python than the kernels of a small model.
 
     layers: weights of one dtype (float32, bfloat16), as the ops take them, vectors contiguous; caches: keys and values
     [B, Hkv, S, D] of each layer, as `append_kv_` takes them, S and D the same in all; dim: D. They are held, so that what

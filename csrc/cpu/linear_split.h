@@ -1,4 +1,4 @@
-// A linear layer in float32 on AMX tiles of bfloat16, for more rows than the FMA is fast for. Included only by kernels.cpp.
+// A linear layer in float32 on AMX tiles of bfloat16, for rows that take the FMA longer. Included only by kernels.cpp.
 //
 // The 24 bits of a number are three bfloat16 numbers of 8 bits: a high, a middle and a low part, whose sum it is. Of the nine
 // products of the parts of two numbers six are added up; the other three are below 2^-21 of the whole and average to 2^-24,
@@ -139,7 +139,8 @@ class Splitting {
 };
 
 // Sums of strips by pairs of panels, one pair after the other. Beside its last products the parts of the next strip are begun
-// and the sums before are written, so that the tiles do not wait.
+// and the sums before are written, so that the tiles do not wait. What the parts hold behind a strip's last row reaches no
+// result.
 class SplitSums {
  public:
   SplitSums(const LinearParams& p, const Strip& first) : p_(p) { Splitting(p, first, 0, parts_[0], nullptr).some(first.count); }
