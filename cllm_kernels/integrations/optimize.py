@@ -63,9 +63,8 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     change are not concerned; a parameter that is replaced during a decode may be in use from the next one on. Calls that
     need gradients, run under autocast or have more rows than pay go to torch as before. Linear layers of another class
     (quantised ones, adapters), with weights of another kind or with a forward that was replaced are left alone; hooks run as
-    they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where
-    nothing inside them has hooks or was changed, decode a window in one call for all, or in a few calls for each if a layer
-    has hooks, and leave out the padding of prompts.
+    they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where nothing inside them has hooks or was changed,
+    decode a window in one call for all, or in a few calls for each if a layer has hooks, and leave out the padding of prompts.
 
     On a GPU, decoder layers of the same families keep torch's linear layers, and all that stands between two of these takes
     one launch. Linear layers by themselves are left alone there.

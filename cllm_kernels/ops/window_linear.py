@@ -19,8 +19,8 @@ def fast_rows(dtype: torch.dtype) -> int:
 
     Times of up to 64 rows are in benchmarks/test_linear.py. With more, oneDNN's packed weights pay where the CPU multiplies
     bfloat16 without AMX; with AVX-512 and AVX2 alone the C++ kernel stayed twice as fast, up to 512, and with AMX as fast.
-    In float32 on an Intel CPU, MKL takes 0.6 to 1 of the time of the kernel for AVX-512 from 64 rows on, which buys equal bits,
-    and more than that for AMX. Other CPUs were not measured.
+    In float32 on an Intel CPU, MKL takes 0.6 to 1 of the time of float32 products from 64 rows on, which buys equal bits. With
+    AMX, layers of 64 rows that come from memory take less time than MKL, small ones mostly more. Other CPUs were not measured.
     """
     slower = dtype == torch.bfloat16 and backends.EXTENSION.cpu_isa() in ("avx512bf16", "baseline")
     return 128 if slower else 512

@@ -10,6 +10,8 @@ namespace {
 
 constexpr int64_t tile_rows = 16, tile_inputs = 32, tile_bytes = 1024;
 
+constexpr int64_t tiles_of(int64_t rows) { return (rows + tile_rows - 1) / tile_rows; }
+
 // Lets no store or load pass the instructions on tiles, which the compiler does not know to touch memory.
 CLLM_INLINE void tile_barrier() { asm volatile("" ::: "memory"); }
 
@@ -49,6 +51,16 @@ CLLM_INLINE void zero_sums() {
   if constexpr (P > 1) _tile_zero(1);
   if constexpr (G > 1) _tile_zero(2);
   if constexpr (G > 1 && P > 1) _tile_zero(3);
+}
+
+// Writes these sums, whose rows are `stride` floats apart; those of the next first operand go `next_first` floats further,
+// those of the next second one `next_second`.
+template <int G, int P>
+CLLM_INLINE void store_sums(float* to, int64_t stride, int64_t next_first, int64_t next_second) {
+  _tile_stored(0, to, 4 * stride);
+  if constexpr (P > 1) _tile_stored(1, to + next_second, 4 * stride);
+  if constexpr (G > 1) _tile_stored(2, to + next_first, 4 * stride);
+  if constexpr (G > 1 && P > 1) _tile_stored(3, to + next_first + next_second, 4 * stride);
 }
 
 // Adds the products of first operands, whose rows are `row_bytes` and which are `next_first` bytes apart, and second ones,

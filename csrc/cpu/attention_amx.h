@@ -57,10 +57,7 @@ struct AttentionTiles<bf16_t> {
     zero_sums<G, W>();
     for (int64_t d = 0; d < dim; d += tile_inputs, keys += 64, q += tile_bytes)
       add_tile_products<G, W>(keys, key_bytes, tile_rows * key_bytes, q, dim * 32);
-    _tile_stored(0, scores, 4 * score_stride);
-    if constexpr (W > 1) _tile_stored(1, scores + tile_rows, 4 * score_stride);
-    if constexpr (G > 1) _tile_stored(2, scores + tile_rows * score_stride, 4 * score_stride);
-    if constexpr (G > 1 && W > 1) _tile_stored(3, scores + tile_rows * (score_stride + 1), 4 * score_stride);
+    store_sums<G, W>(scores, score_stride, tile_rows * score_stride, tile_rows);
   }
 
   // scores[key][row] = key . query of `count` keys, of `room` that may be read, and one or two blocks of 16 rows.

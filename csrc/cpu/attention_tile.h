@@ -148,15 +148,6 @@ CLLM_INLINE void pack_values(const T* from, float* to, int64_t keys, int64_t val
     for (int64_t i = 0; i < lanes; ++i) to[d * keys + i] = d + i < value_dim ? widen(from[d + i]) : 0;
 }
 
-// Calls `body<R>` with R equal to the run-time `count`, 1 <= count <= block_rows.
-template <int R, class Body>
-CLLM_INLINE void with_block(int64_t count, const Body& body) {
-  if constexpr (R > 1) {
-    if (count < R) return with_block<R - 1>(count, body);
-  }
-  body(std::integral_constant<int, R>{});
-}
-
 // Calls `body(at, W)` for pieces of `count`, a multiple of 16, that are W blocks of lanes long: `wide`, and 1 at the end.
 template <class Body>
 CLLM_INLINE void in_blocks(int64_t count, const Body& body) {

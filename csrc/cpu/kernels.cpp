@@ -42,8 +42,6 @@ void merge_any(const AttentionParams& p, const AttentionTask& first, int64_t spl
 #if defined(__AMX_BF16__)
 constexpr auto bf16_layout = amx_layout;
 constexpr auto bf16_inputs = amx_inputs;
-constexpr auto bf16_begin = amx_begin;
-constexpr auto bf16_end = amx_end;
 constexpr auto bf16_linear = amx_linear;
 constexpr auto gated_linear = amx_gated;
 
@@ -53,29 +51,29 @@ void f32_inputs(const LinearParams& p, int64_t row, void* to) {
   is_split(p) ? split_inputs(p, row, to) : linear_inputs<float>(p, row, to);
 }
 
-void f32_begin(const LinearParams& p) {
-  if (is_split(p)) configure_tiles();
-}
-
-void f32_end(const LinearParams& p) {
-  if (is_split(p)) _tile_release();
-}
-
 void f32_linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   is_split(p) ? split_linear(p, begin, end, next) : linear<float>(p, begin, end, next);
+}
+
+bool on_tiles(const LinearParams& p) { return p.dtype == DType::bf16 || is_split(p); }
+
+void linear_begin(const LinearParams& p) {
+  if (on_tiles(p)) amx_begin(p);
+}
+
+void linear_end(const LinearParams& p) {
+  if (on_tiles(p)) amx_end(p);
 }
 #else
 constexpr auto bf16_layout = linear_layout<bf16_t>;
 constexpr auto bf16_inputs = linear_inputs<bf16_t>;
-void bf16_begin(const LinearParams&) {}
-void bf16_end(const LinearParams&) {}
 constexpr auto bf16_linear = linear<bf16_t>;
 constexpr decltype(Kernels::gated_linear) gated_linear = nullptr;  // no layout asks for it
 constexpr auto f32_layout = linear_layout<float>;
 constexpr auto f32_inputs = linear_inputs<float>;
-void f32_begin(const LinearParams&) {}
-void f32_end(const LinearParams&) {}
 constexpr auto f32_linear = linear<float>;
+void linear_begin(const LinearParams&) {}
+void linear_end(const LinearParams&) {}
 #endif
 
 LinearLayout linear_layout_any(const LinearParams& p) {
@@ -84,14 +82,6 @@ LinearLayout linear_layout_any(const LinearParams& p) {
 
 void linear_inputs_any(const LinearParams& p, int64_t row, void* to) {
   return p.dtype == DType::f32 ? f32_inputs(p, row, to) : bf16_inputs(p, row, to);
-}
-
-void linear_begin_any(const LinearParams& p) {
-  p.dtype == DType::f32 ? f32_begin(p) : bf16_begin(p);
-}
-
-void linear_end_any(const LinearParams& p) {
-  p.dtype == DType::f32 ? f32_end(p) : bf16_end(p);
 }
 
 void linear_any(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
@@ -171,9 +161,9 @@ void rotate_any(const void* key, const void* cos, const void* sin, void* to, int
 }  // namespace
 
 const Kernels CLLM_JOIN(kernels_, CLLM_ISA) = {
-    scratch_size,   partial_size, attend_any,   merge_any,    linear_layout_any, linear_inputs_any, linear_begin_any,
-    linear_end_any, linear_any,   gated_linear, rms_norm_any, silu_multiply_any, add_any,           scale_logits_any,
-    argmax_any,     sample_any,   rotate_any,
+    scratch_size, partial_size, attend_any,   merge_any,    linear_layout_any, linear_inputs_any, linear_begin,
+    linear_end,   linear_any,   gated_linear, rms_norm_any, silu_multiply_any, add_any,           scale_logits_any,
+    argmax_any,   sample_any,   rotate_any,
 };
 
 }  // namespace cllm::cpu

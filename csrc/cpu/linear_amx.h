@@ -200,12 +200,12 @@ void amx_tile(const LinearParams& p, int64_t row, int64_t output, int64_t count,
 // the weights behind it are fetched.
 template <int Columns>
 void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begin, int64_t end, const bf16_t* after) {
-  const int64_t panels = (row_end - row + tile_rows - 1) / tile_rows, pairs = (panels + 1) / 2;
+  const int64_t panels = tiles_of(row_end - row), pairs = (panels + 1) / 2;
   // Where the memory binds, it gives more with fewer rows read at once, and with these in different pages: of rows that
   // share one, a group of outputs fetches some from all over the next band.
   const int64_t most = pairs > 1 ? 2 * tile_rows : tile_rows;
   const bool spread = pairs == 1 && p.weight_stride * sizeof(bf16_t) < page_bytes;
-  const int64_t tiles = (end - begin + tile_rows - 1) / tile_rows, bands = (tiles + band_tiles - 1) / band_tiles;
+  const int64_t tiles = tiles_of(end - begin), bands = (tiles + band_tiles - 1) / band_tiles;
   int64_t band = 0;
   for (int64_t first = begin, last; first < end; first = last) {
     const int64_t left = end - first;
@@ -220,19 +220,11 @@ void amx_block(const LinearParams& p, int64_t row, int64_t row_end, int64_t begi
         const int64_t panel = row + 2 * i * tile_rows, fetched = count * i / pairs;
         const FetchedRows rows{next + (fetched * groups + group) * p.weight_stride, groups * p.weight_stride,
                                count * (i + 1) / pairs - fetched, spread ? p.inputs : fetched_inputs};
-        const auto tile = [&](auto heights, auto width) {
-          amx_tile<decltype(heights)::value, decltype(width)::value, Columns>(p, panel, output, count, rows);
-        };
-        using One = std::integral_constant<int, 1>;
-        using Two = std::integral_constant<int, 2>;
-        const bool wide = 2 * i + 1 < panels, tall = count > tile_rows;
-        if constexpr (Columns > 1) {
-          if (wide) {
-            tall ? tile(Two{}, Two{}) : tile(One{}, Two{});
-            continue;
-          }
-        }
-        tall ? tile(Two{}, One{}) : tile(One{}, One{});
+        with_block<2>(tiles_of(count), [&](auto tiles) {
+          with_block<Columns == 1 ? 1 : 2>(minimum(panels - 2 * i, 2), [&](auto width) {
+            amx_tile<decltype(tiles)::value, decltype(width)::value, Columns>(p, panel, output, count, rows);
+          });
+        });
       }
       if (count < tile_rows) configure_tiles<Columns>();
     }
@@ -271,12 +263,7 @@ class GatedResults {
   void take(int64_t row, int64_t output, int64_t count) {
     finish();
     tile_barrier();
-    _tile_stored(0, sums_[0], 64);
-    _tile_stored(2, sums_[2], 64);
-    if constexpr (P > 1) {
-      _tile_stored(1, sums_[1], 64);
-      _tile_stored(3, sums_[3], 64);
-    }
+    store_sums<2, P>(sums_[0], tile_rows, 2 * tile_rows * tile_rows, tile_rows * tile_rows);
     tile_barrier();
     const int64_t row_bytes = round_up(outputs_, tile_inputs) * sizeof(bf16_t);
     at_ = to_ + row * row_bytes + output * tile_rows * sizeof(bf16_t);

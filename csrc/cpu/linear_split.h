@@ -60,11 +60,11 @@ CLLM_INLINE vfloat numbers_from(const float* row, int64_t k, int64_t inputs) {
   return k + native <= inputs ? load(row + k) : load_register<vfloat, true>(row + k, maximum(inputs - k, 0));
 }
 
-bool is_split(const LinearParams& p) { return p.dtype == DType::f32 && p.rows >= split_rows; }
+// Whether a layer in float32 is computed like this.
+bool is_split(const LinearParams& p) { return p.rows >= split_rows; }
 
 LinearLayout split_layout(const LinearParams& p) {
-  const int64_t steps = (p.inputs + tile_inputs - 1) / tile_inputs;
-  return {2 * tile_rows, tile_rows, static_cast<size_t>(steps * parts_bytes / tile_rows)};
+  return {2 * tile_rows, tile_rows, 3 * round_up(p.inputs, tile_inputs) * sizeof(bf16_t)};
 }
 
 // A panel of x from `row` on.
@@ -178,10 +178,7 @@ class SplitSums {
     }
     finish();
     tile_barrier();
-    _tile_stored(0, sums_[0], 64);
-    if constexpr (P > 1) _tile_stored(1, sums_[1], 64);
-    if constexpr (G > 1) _tile_stored(2, sums_[P], 64);
-    if constexpr (G > 1 && P > 1) _tile_stored(3, sums_[3], 64);
+    store_sums<G, P>(sums_[0], tile_rows, P * tile_rows * tile_rows, tile_rows * tile_rows);
     tile_barrier();
     row_ = row;
     output_ = output;
@@ -239,16 +236,11 @@ void split_linear(const LinearParams& p, int64_t begin, int64_t end, const void*
       for (int64_t row = first; row < behind; row += most) {
         const Strip& then = row + most < behind ? strip : later;
         const int64_t inputs = row == first ? fetched : 0;
-        const auto add = [&](auto tiles, auto panels) {
-          sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then, fetch, inputs);
-        };
-        using One = std::integral_constant<int, 1>;
-        using Two = std::integral_constant<int, 2>;
-        const bool wide = behind - row > tile_rows;
-        if (strip.count > tile_rows)
-          wide ? add(Two{}, Two{}) : add(Two{}, One{});
-        else
-          wide ? add(One{}, Two{}) : add(One{}, One{});
+        with_block<2>(tiles_of(strip.count), [&](auto tiles) {
+          with_block<2>(minimum(tiles_of(behind - row), 2), [&](auto panels) {
+            sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then, fetch, inputs);
+          });
+        });
       }
     }
     sums.finish();

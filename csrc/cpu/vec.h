@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,6 +37,15 @@ constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 #define CLLM_INLINE static inline __attribute__((always_inline))
+
+// Calls `body<N>` with N equal to the run-time `count`, 1 <= count <= R.
+template <int R, class Body>
+CLLM_INLINE void with_block(int64_t count, const Body& body) {
+  if constexpr (R > 1) {
+    if (count < R) return with_block<R - 1>(count, body);
+  }
+  body(std::integral_constant<int, R>{});
+}
 
 typedef float vfloat __attribute__((vector_size(native * 4)));
 typedef int32_t vint __attribute__((vector_size(native * 4)));

@@ -323,14 +323,15 @@ void qkv_rows(const QkvParams& p, int threads) {
 void mlp_rows(const MlpParams& p, int threads) {
   const Kernels& run = kernels();
   const int64_t item = element_size(p.dtype), row_bytes = p.hidden * item, inner = p.gate.outputs;
-  const auto inputs_of = [&](const LinearWeights& w, int64_t inputs) {
-    return Inputs(run, layer(w, nullptr, inputs, nullptr, p.rows, p.dtype));
+  const auto alone = [&](const LinearWeights& w, int64_t inputs) {
+    return layer(w, nullptr, inputs, nullptr, p.rows, p.dtype);
   };
+  const auto inputs_of = [&](const LinearWeights& w, int64_t inputs) { return Inputs(run, alone(w, inputs)); };
   const Inputs sizes = inputs_of(p.gate, p.hidden);  // as in `qkv_rows`
   const bool gated = sizes.layout.gated && p.gate.stride == p.up.stride && !p.gate.bias && !p.up.bias;
-  const auto work = [&](const LinearWeights& w, int64_t inputs) { return work_of(inputs_of(w, inputs).params); };
-  const int team = team_size(work(p.output, p.inputs) + 2 * work(p.gate, p.hidden) + work(p.down, inner), threads,
-                             parallel_mlp_work);
+  const int64_t work =
+      work_of(alone(p.output, p.inputs)) + 2 * work_of(alone(p.gate, p.hidden)) + work_of(alone(p.down, inner));
+  const int team = team_size(work, threads, parallel_mlp_work);
   Pieces pieces;
   const size_t attended_at = pieces.add(inputs_of(p.output, p.inputs).size(team));
   const size_t sum_at = pieces.add(p.rows * row_bytes);
