@@ -24,8 +24,11 @@ namespace {
 // Where splitting the weights costs less than the products of so many rows.
 constexpr int64_t split_rows = 16;
 constexpr int64_t parts_bytes = 3 * tile_bytes;
-// Of a row of weights that is longer than a page so many inputs are fetched ahead; then the hardware sees that it is read on.
-constexpr int64_t split_fetched = 256;
+// Weights are fetched so many inputs ahead, at most a row: what hardware fetches on its own comes late for long rows.
+constexpr int64_t split_ahead = 256;
+
+template <int Value>
+constexpr std::integral_constant<int, Value> at;
 
 struct Parts {
   __m512i high, middle, low;
@@ -95,47 +98,49 @@ struct Strip {
   int64_t count;
 };
 
-// Makes the parts of 32 inputs of a strip from `k` on, some rows at a time. Each part is two tiles. Meanwhile lines of another
-// strip are fetched into the L2 cache, unless `fetched` is null.
+// Makes the parts of 32 inputs of a strip from `k` on, some rows at a time. Each part is two tiles. Meanwhile the lines at
+// `fetched` and in the rows behind it go to the L2 cache, unless it is null.
 class Splitting {
  public:
-  Splitting(const LinearParams& p, const Strip& strip, int64_t k, char* to, const float* fetched)
+  inline __attribute__((always_inline)) Splitting(const LinearParams& p, const Strip& strip, int64_t k, char* to,
+                                                  const float* fetched)
       : stride_(p.weight_stride),
-        left_(strip.count),
+        count_(strip.count),
         inputs_(p.inputs - k),
         row_(strip.first + k),
         fetched_(fetched),
         to_(to) {}
 
-  inline __attribute__((always_inline)) void some(int64_t count) {
-    count = minimum(count, left_);
-    left_ -= count;
-    if (inputs_ < tile_inputs) {
-      for (; count > 0; --count) split<true, false>();
+  // Rows [Begin, End).
+  template <int Begin, int End>
+  inline __attribute__((always_inline)) void rows() const {
+    if (count_ < End || inputs_ < tile_inputs) {
+      for (int64_t i = Begin; i < minimum(End, count_); ++i) split<true>(i);
     } else if (fetched_) {
-      for (; count > 0; --count) split<false, true>();
+#pragma GCC unroll 16
+      for (int64_t i = Begin; i < End; ++i) {
+        split<false>(i);
+        __builtin_prefetch(fetched_ + i * stride_, 0, 2);
+        __builtin_prefetch(fetched_ + i * stride_ + native, 0, 2);
+      }
     } else {
-      for (; count > 0; --count) split<false, false>();
+#pragma GCC unroll 16
+      for (int64_t i = Begin; i < End; ++i) split<false>(i);
     }
   }
 
  private:
-  template <bool Tail, bool Fetch>
-  inline __attribute__((always_inline)) void split() {
-    const vfloat a = Tail ? numbers_from(row_, 0, inputs_) : load(row_);
-    const vfloat b = Tail ? numbers_from(row_, native, inputs_) : load(row_ + native);
-    store_parts(parts_of(a, b), to_, 2 * tile_bytes);
-    row_ += stride_;
-    to_ += 64;
-    if (!Fetch) return;
-    __builtin_prefetch(fetched_, 0, 2);
-    __builtin_prefetch(fetched_ + native, 0, 2);
-    fetched_ += stride_;
+  template <bool Tail>
+  inline __attribute__((always_inline)) void split(int64_t i) const {
+    const float* row = row_ + i * stride_;
+    const vfloat a = Tail ? numbers_from(row, 0, inputs_) : load(row);
+    const vfloat b = Tail ? numbers_from(row, native, inputs_) : load(row + native);
+    store_parts(parts_of(a, b), to_ + 64 * i, 2 * tile_bytes);
   }
 
-  int64_t stride_, left_, inputs_;
-  const float *row_, *fetched_;
-  char* to_;
+  const int64_t stride_, count_, inputs_;
+  const float *const row_, *const fetched_;
+  char* const to_;
 };
 
 // Sums of strips by pairs of panels, one pair after the other. Beside its last products the parts of the next strip are begun
@@ -143,37 +148,39 @@ class Splitting {
 // result.
 class SplitSums {
  public:
-  SplitSums(const LinearParams& p, const Strip& first) : p_(p) { Splitting(p, first, 0, parts_[0], nullptr).some(first.count); }
+  SplitSums(const LinearParams& p, const Strip& first) : p_(p) { Splitting(p, first, 0, parts_[0], nullptr).rows<0, 2 * tile_rows>(); }
 
-  // Of a strip, the outputs from `output` on, in G tiles, and of P panels from `row` on. After it comes `next`. The first
-  // `fetched` inputs of the rows at `fetch` are fetched.
+  // Of a strip, the outputs from `output` on, in G tiles, and of P panels from `row` on. After it comes `next`. Meanwhile its
+  // weights and those at `behind` are fetched, unless that is null.
   template <int G, int P>
-  void add(int64_t row, int64_t output, const Strip& strip, const Strip& next, const float* fetch, int64_t fetched) {
+  void add(int64_t row, int64_t output, const Strip& strip, const Strip& next, const float* behind) {
     constexpr int times = 6;
-    const int64_t panel_bytes = tile_rows * p_.x_bytes;
+    const int64_t panel_bytes = tile_rows * p_.x_bytes, ahead = minimum(split_ahead, p_.inputs);
     const char* x = static_cast<const char*>(p_.x) + row * p_.x_bytes;
     zero_sums<G, P>();
     for (int64_t k = 0; k < p_.inputs; k += tile_inputs, x += parts_bytes) {
       const char *high = parts_[odd_], *middle = high + 2 * tile_bytes, *low = middle + 2 * tile_bytes;
       odd_ = !odd_;
       const bool last = k + tile_inputs >= p_.inputs;
-      Splitting splitting(p_, last ? next : strip, last ? 0 : k + tile_inputs, parts_[odd_], k < fetched ? fetch + k : nullptr);
-      const auto products = [&](auto first, const char* w, auto second, const char* columns, int time) {
+      const int64_t over = k + ahead - p_.inputs;
+      const float* fetched = !behind ? nullptr : over < 0 ? strip.first + k + ahead : behind + over;
+      const Splitting splitting(p_, last ? next : strip, last ? 0 : k + tile_inputs, parts_[odd_], fetched);
+      const auto products = [&](auto first, const char* w, auto second, const char* columns, auto time) {
         tile_barrier();
         add_tile_products<G, P, tile_rows, decltype(first)::value, decltype(second)::value>(w, 64, tile_bytes, columns,
                                                                                             panel_bytes);
         tile_barrier();
-        constexpr int count = 2 * tile_rows;
-        splitting.some(count * (time + 1) / times - count * time / times);
+        constexpr int count = 2 * tile_rows, done = decltype(time)::value;
+        splitting.template rows<count * done / times, count * (done + 1) / times>();
       };
       constexpr std::true_type load;
       constexpr std::false_type keep;
-      products(load, high, load, x + 2 * tile_bytes, 0);
-      products(keep, high, load, x + tile_bytes, 1);
-      products(keep, high, load, x, 2);
-      products(load, low, keep, x, 3);
-      products(load, middle, keep, x, 4);
-      products(keep, middle, load, x + tile_bytes, 5);
+      products(load, high, load, x + 2 * tile_bytes, at<0>);
+      products(keep, high, load, x + tile_bytes, at<1>);
+      products(keep, high, load, x, at<2>);
+      products(load, low, keep, x, at<3>);
+      products(load, middle, keep, x, at<4>);
+      products(keep, middle, load, x + tile_bytes, at<5>);
       write_tile();
     }
     finish();
@@ -225,20 +232,19 @@ void split_linear(const LinearParams& p, int64_t begin, int64_t end, const void*
   const auto weights = [&](int64_t output) { return static_cast<const float*>(p.weight) + output * p.weight_stride; };
   const auto strip_at = [&](int64_t output) { return Strip{weights(output), maximum(minimum(most, end - output), 0)}; };
   const float* after = next ? static_cast<const float*>(next) : weights(end);
-  const int64_t fetched = p.weight_stride * static_cast<int64_t>(sizeof(float)) <= page_bytes ? p.inputs : split_fetched;
   const int64_t block = amx_block_rows(p);
   for (int64_t first = 0; first < p.rows; first += block) {
     const int64_t behind = minimum(first + block, p.rows);
     SplitSums sums(p, strip_at(begin));
     for (int64_t output = begin; output < end; output += most) {
       const Strip strip = strip_at(output), later = strip_at(output + most);
-      const float* fetch = later.count ? later.first : behind < p.rows ? weights(begin) : after;
+      const float* following = later.count ? later.first : behind < p.rows ? weights(begin) : after;
       for (int64_t row = first; row < behind; row += most) {
         const Strip& then = row + most < behind ? strip : later;
-        const int64_t inputs = row == first ? fetched : 0;
         with_block<2>(tiles_of(strip.count), [&](auto tiles) {
           with_block<2>(minimum(tiles_of(behind - row), 2), [&](auto panels) {
-            sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then, fetch, inputs);
+            sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then,
+                                                                            row == first ? following : nullptr);
           });
         });
       }
