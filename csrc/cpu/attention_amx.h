@@ -111,14 +111,14 @@ struct AttentionTiles<bf16_t> {
     for (int64_t key = 0; key < keys; key += tile_inputs, weights += tile_bytes, values += tile_bytes) {
       _tile_loadd(4, weights, 64);
       _tile_loadd(6, values, 64);
-      _tile_dpbf16ps(0, 4, 6);
+      add_tile_product<0>();
       if constexpr (W > 1) {
-        _tile_loadd(7, values + column, 64);
-        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, values + column, 64);
+        add_tile_product<1>();
         _tile_loadd(6, values + 2 * column, 64);
-        _tile_dpbf16ps(2, 4, 6);
-        _tile_loadd(7, values + 3 * column, 64);
-        _tile_dpbf16ps(3, 4, 7);
+        add_tile_product<2>();
+        _tile_loadd(6, values + 3 * column, 64);
+        add_tile_product<3>();
       }
     }
     _tile_stored(0, output, stride);

@@ -24,6 +24,9 @@ namespace {
 // Where splitting the weights costs less than the products of so many rows.
 constexpr int64_t split_rows = 16;
 constexpr int64_t parts_bytes = 3 * tile_bytes;
+constexpr int part_products = 6;
+template <int G, int P>
+constexpr int part_steps = part_products * (P > 1 ? G : 1);
 // Weights are fetched so many inputs ahead, at most a row: what hardware fetches on its own comes late for long rows.
 constexpr int64_t split_ahead = 256;
 
@@ -56,6 +59,45 @@ CLLM_INLINE void store_parts(const Parts& parts, char* to, int64_t next) {
   _mm512_storeu_si512(to, parts.high);
   _mm512_storeu_si512(to + next, parts.middle);
   _mm512_storeu_si512(to + 2 * next, parts.low);
+}
+
+// Adds the products of the parts of weights, of which two tiles of each stand side by side, and of P panels of x, which are
+// `panel_bytes` apart, to G times P sums. Two tiles of weights go together by one panel, one after the other by two. After each
+// of `part_steps<G, P>` steps `beside` is called with its number.
+template <int G, int P, class Beside>
+CLLM_INLINE void add_part_products(const char* weights, const char* x, int64_t panel_bytes, const Beside& beside) {
+  const auto tile = [&](auto which) {
+    constexpr int g = decltype(which)::value;
+    const auto step = [&](auto load_weights, int part, auto load_x, int x_part, auto number) {
+      // Panels change their order from step to step, so that the last one often is there already.
+      constexpr int done = decltype(number)::value, panel = P > 1 ? done % 2 : 0;
+      const char *w = weights + (2 * part + g) * tile_bytes, *columns = x + x_part * tile_bytes;
+      tile_barrier();
+      if constexpr (decltype(load_weights)::value) _tile_loadd(4, w, 64);
+      if constexpr (decltype(load_x)::value) _tile_loadd(6, columns + panel * panel_bytes, 64);
+      add_tile_product<2 * g + panel>();
+      if constexpr (P > 1) {
+        _tile_loadd(6, columns + (1 - panel) * panel_bytes, 64);
+        add_tile_product<2 * g + 1 - panel>();
+      } else if constexpr (G > 1) {
+        if constexpr (decltype(load_weights)::value) _tile_loadd(5, w + tile_bytes, 64);
+        _tile_dpbf16ps(2, 5, 6);
+      }
+      tile_barrier();
+      beside(at<part_products * g + done>);
+    };
+    constexpr std::true_type load;
+    constexpr std::false_type keep;
+    constexpr int high = 0, middle = 1, low = 2;
+    step(load, high, load, low, at<0>);
+    step(keep, high, load, middle, at<1>);
+    step(keep, high, load, high, at<2>);
+    step(load, low, keep, high, at<3>);
+    step(load, middle, keep, high, at<4>);
+    step(keep, middle, load, middle, at<5>);
+  };
+  tile(at<0>);
+  if constexpr (G > 1 && P > 1) tile(at<1>);
 }
 
 // 16 numbers of a row from `k` on, with zeros behind the last.
@@ -154,33 +196,20 @@ class SplitSums {
   // weights and those at `behind` are fetched, unless that is null.
   template <int G, int P>
   void add(int64_t row, int64_t output, const Strip& strip, const Strip& next, const float* behind) {
-    constexpr int times = 6;
     const int64_t panel_bytes = tile_rows * p_.x_bytes, ahead = minimum(split_ahead, p_.inputs);
     const char* x = static_cast<const char*>(p_.x) + row * p_.x_bytes;
     zero_sums<G, P>();
     for (int64_t k = 0; k < p_.inputs; k += tile_inputs, x += parts_bytes) {
-      const char *high = parts_[odd_], *middle = high + 2 * tile_bytes, *low = middle + 2 * tile_bytes;
+      const char* high = parts_[odd_];
       odd_ = !odd_;
       const bool last = k + tile_inputs >= p_.inputs;
       const int64_t over = k + ahead - p_.inputs;
       const float* fetched = !behind ? nullptr : over < 0 ? strip.first + k + ahead : behind + over;
       const Splitting splitting(p_, last ? next : strip, last ? 0 : k + tile_inputs, parts_[odd_], fetched);
-      const auto products = [&](auto first, const char* w, auto second, const char* columns, auto time) {
-        tile_barrier();
-        add_tile_products<G, P, tile_rows, decltype(first)::value, decltype(second)::value>(w, 64, tile_bytes, columns,
-                                                                                            panel_bytes);
-        tile_barrier();
-        constexpr int count = 2 * tile_rows, done = decltype(time)::value;
-        splitting.template rows<count * done / times, count * (done + 1) / times>();
-      };
-      constexpr std::true_type load;
-      constexpr std::false_type keep;
-      products(load, high, load, x + 2 * tile_bytes, at<0>);
-      products(keep, high, load, x + tile_bytes, at<1>);
-      products(keep, high, load, x, at<2>);
-      products(load, low, keep, x, at<3>);
-      products(load, middle, keep, x, at<4>);
-      products(keep, middle, load, x + tile_bytes, at<5>);
+      add_part_products<G, P>(high, x, panel_bytes, [&](auto done) {
+        constexpr int count = 2 * tile_rows, i = decltype(done)::value, steps = part_steps<G, P>;
+        splitting.template rows<count * i / steps, count * (i + 1) / steps>();
+      });
       write_tile();
     }
     finish();
@@ -239,12 +268,12 @@ void split_linear(const LinearParams& p, int64_t begin, int64_t end, const void*
     for (int64_t output = begin; output < end; output += most) {
       const Strip strip = strip_at(output), later = strip_at(output + most);
       const float* following = later.count ? later.first : behind < p.rows ? weights(begin) : after;
-      for (int64_t row = first; row < behind; row += most) {
-        const Strip& then = row + most < behind ? strip : later;
+      for (int64_t row = first; row < behind; row += 2 * tile_rows) {
+        const Strip& then = row + 2 * tile_rows < behind ? strip : later;
+        const float* fetched = row == first ? following : nullptr;
         with_block<2>(tiles_of(strip.count), [&](auto tiles) {
           with_block<2>(minimum(tiles_of(behind - row), 2), [&](auto panels) {
-            sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then,
-                                                                            row == first ? following : nullptr);
+            sums.add<decltype(tiles)::value, decltype(panels)::value>(row, output, strip, then, fetched);
           });
         });
       }
