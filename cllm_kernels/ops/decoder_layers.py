@@ -141,7 +141,7 @@ class DecoderLayers:
         if branch < 0 or width % (branch or width) or branch and keep < width:
             raise ValueError(f"branch is {branch}; it must be 0 (none) or divide the n = {width} queries of a window, all kept")
         x = x.clone(memory_format=torch.contiguous_format)
-        out = x.new_empty((batch, keep, self.hidden))
+        out = x.new_empty(batch, keep, self.hidden)
         cos, sin, lengths, starts = cos.contiguous(), sin.contiguous(), lengths.contiguous(), starts.contiguous()
         self._layers.run(
             x.data_ptr(), cos.data_ptr(), sin.data_ptr(), lengths.data_ptr(), starts.data_ptr(), given, out.data_ptr(), keep,

@@ -127,7 +127,7 @@ def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
     x = x.contiguous()
     if bias is not None:
         bias = bias.contiguous()
-    out = x.new_empty((*batch, outputs))
+    out = x.new_empty(*batch, outputs)
     backends.EXTENSION.linear(
         x.data_ptr(), inputs * dtype.itemsize, weight.data_ptr(), weight.stride()[0],
         0 if bias is None else bias.data_ptr(), out.data_ptr(),
