@@ -24,6 +24,7 @@ namespace {
 // Where splitting the weights costs less than the products of so many rows.
 constexpr int64_t split_rows = 16;
 constexpr int64_t parts_bytes = 3 * tile_bytes;
+// Products of parts that are added up for two numbers, and steps of `add_part_products`.
 constexpr int part_products = 6;
 template <int G, int P>
 constexpr int part_steps = part_products * (P > 1 ? G : 1);
@@ -190,7 +191,9 @@ class Splitting {
 // result.
 class SplitSums {
  public:
-  SplitSums(const LinearParams& p, const Strip& first) : p_(p) { Splitting(p, first, 0, parts_[0], nullptr).rows<0, 2 * tile_rows>(); }
+  SplitSums(const LinearParams& p, const Strip& first) : p_(p) {
+    Splitting(p, first, 0, parts_[0], nullptr).rows<0, 2 * tile_rows>();
+  }
 
   // Of a strip, the outputs from `output` on, in G tiles, and of P panels from `row` on. After it comes `next`. Meanwhile its
   // weights and those at `behind` are fetched, unless that is null.
