@@ -16,9 +16,9 @@ constexpr int64_t tiles_of(int64_t rows) { return (rows + tile_rows - 1) / tile_
 CLLM_INLINE void tile_barrier() { asm volatile("" ::: "memory"); }
 
 // What ldtilecfg takes: tiles 0 to 3 are sums [rows, columns], 4 and 5 first operands [rows, 32], 6 a second one [16 pairs,
-// columns]. Where another thread runs on the core, few registers are left beside the tiles that hold something, and an
-// instruction waits for a free one. So operands go through as few tiles as possible, although some are loaded twice. Of 2 by 2
-// sums, a product takes 67 cycles there with four tiles of operands and 39 with two, and 15 cycles on a core of its own with
+// columns]. At times, most likely while another thread runs on the core, few registers are left beside the tiles that hold
+// something, and an instruction waits for a free one. So operands go through as few tiles as possible, although some are loaded
+// twice. Of 2 by 2 sums, a product then takes 67 cycles with four tiles of operands and 39 with two, and else 15 cycles with
 // either (Xeon of the fifth generation).
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
