@@ -72,13 +72,13 @@ struct AttentionTiles<bf16_t> {
                        : score_tiles<G, 1>(query, at, key_bytes, dim, to, score_stride);
     };
     int64_t key = 0;
-    for (; key + 2 * tile_rows <= count; key += 2 * tile_rows) run(key, std::integral_constant<int, 2>{});
-    for (; key + tile_rows <= count; key += tile_rows) run(key, std::integral_constant<int, 1>{});
+    for (; key + 2 * tile_rows <= count; key += 2 * tile_rows) run(key, constant<2>);
+    for (; key + tile_rows <= count; key += tile_rows) run(key, constant<1>);
     if (key < count) {
       // Another configuration takes longer than the scores of a tile.
       const bool whole = key + tile_rows <= room;
       if (!whole) configure_tiles(count - key);
-      run(key, std::integral_constant<int, 1>{});
+      run(key, constant<1>);
       if (!whole) configure_tiles();
     }
     tile_barrier();
@@ -106,7 +106,6 @@ struct AttentionTiles<bf16_t> {
   template <int W>
   CLLM_INLINE void value_tiles(const char* weights, const char* values, int64_t column, int64_t keys, float* output,
                                int64_t value_dim) {
-    const int64_t stride = 4 * value_dim;
     W > 1 ? zero_sums<2, 2>() : zero_sums<1, 1>();
     for (int64_t key = 0; key < keys; key += tile_inputs, weights += tile_bytes, values += tile_bytes) {
       _tile_loadd(4, weights, 64);
@@ -121,12 +120,7 @@ struct AttentionTiles<bf16_t> {
         add_tile_product<3>();
       }
     }
-    _tile_stored(0, output, stride);
-    if constexpr (W > 1) {
-      _tile_stored(1, output + 16, stride);
-      _tile_stored(2, output + 32, stride);
-      _tile_stored(3, output + 48, stride);
-    }
+    W > 1 ? store_sums<2, 2>(output, value_dim, 2 * lanes, lanes) : store_sums<1, 1>(output, value_dim, 0, 0);
   }
 
   // Weights of 16 rows and of keys [begin, end) as first operands, [keys / 32][row][32], with zeros around them.

@@ -66,7 +66,7 @@ struct NextRows {
   const char* at;
   int64_t step;  // bytes; 0: this is done elsewhere
 
-  inline __attribute__((always_inline)) void lines(int count) {
+  CLLM_METHOD void lines(int count) {
     for (int i = 0; i < count; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
     at += step;
   }
@@ -152,9 +152,9 @@ CLLM_INLINE void pack_values(const T* from, float* to, int64_t keys, int64_t val
 template <class Body>
 CLLM_INLINE void in_blocks(int64_t count, const Body& body) {
   int64_t at = 0;
-  for (; at + wide * lanes <= count; at += wide * lanes) body(at, std::integral_constant<int, wide>{});
+  for (; at + wide * lanes <= count; at += wide * lanes) body(at, constant<wide>);
   if constexpr (wide > 1)
-    for (; at < count; at += lanes) body(at, std::integral_constant<int, 1>{});
+    for (; at < count; at += lanes) body(at, constant<1>);
 }
 
 // One step of the online softmax of 16 rows: scores of keys [begin, end) become weights, and `correction` what

@@ -133,7 +133,7 @@ struct FetchedRows {
   const bf16_t* first;
   int64_t stride, count, inputs;
 
-  inline __attribute__((always_inline)) void operator()(int64_t k) const {
+  CLLM_METHOD void operator()(int64_t k) const {
     if (k >= inputs) return;
     for (int64_t i = 0; i < count; ++i) __builtin_prefetch(first + i * stride + k, 0, 2);
   }
@@ -293,7 +293,7 @@ class GatedResults {
 
  private:
   // Of an output, in the lanes of its rows; 0 behind the last output.
-  inline __attribute__((always_inline)) vfloat result(int64_t i) const {
+  CLLM_METHOD vfloat result(int64_t i) const {
     if (i >= count_) return vfloat{};
     // Rounded as the results of linear layers.
     const vfloat gate = load(sums_[panel_] + i * tile_rows), up = load(sums_[2 + panel_] + i * tile_rows);

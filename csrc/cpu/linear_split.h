@@ -31,9 +31,6 @@ constexpr int part_steps = part_products * (P > 1 ? G : 1);
 // Weights are fetched so many inputs ahead, at most a row: what hardware fetches on its own comes late for long rows.
 constexpr int64_t split_ahead = 256;
 
-template <int Value>
-constexpr std::integral_constant<int, Value> at;
-
 struct Parts {
   __m512i high, middle, low;
 };
@@ -85,20 +82,20 @@ CLLM_INLINE void add_part_products(const char* weights, const char* x, int64_t p
         _tile_dpbf16ps(2, 5, 6);
       }
       tile_barrier();
-      beside(at<part_products * g + done>);
+      beside(constant<part_products * g + done>);
     };
     constexpr std::true_type load;
     constexpr std::false_type keep;
     constexpr int high = 0, middle = 1, low = 2;
-    step(load, high, load, low, at<0>);
-    step(keep, high, load, middle, at<1>);
-    step(keep, high, load, high, at<2>);
-    step(load, low, keep, high, at<3>);
-    step(load, middle, keep, high, at<4>);
-    step(keep, middle, load, middle, at<5>);
+    step(load, high, load, low, constant<0>);
+    step(keep, high, load, middle, constant<1>);
+    step(keep, high, load, high, constant<2>);
+    step(load, low, keep, high, constant<3>);
+    step(load, middle, keep, high, constant<4>);
+    step(keep, middle, load, middle, constant<5>);
   };
-  tile(at<0>);
-  if constexpr (G > 1 && P > 1) tile(at<1>);
+  tile(constant<0>);
+  if constexpr (G > 1 && P > 1) tile(constant<1>);
 }
 
 // 16 numbers of a row from `k` on, with zeros behind the last.
@@ -145,8 +142,7 @@ struct Strip {
 // `fetched` and in the rows behind it go to the L2 cache, unless it is null.
 class Splitting {
  public:
-  inline __attribute__((always_inline)) Splitting(const LinearParams& p, const Strip& strip, int64_t k, char* to,
-                                                  const float* fetched)
+  CLLM_METHOD Splitting(const LinearParams& p, const Strip& strip, int64_t k, char* to, const float* fetched)
       : stride_(p.weight_stride),
         count_(strip.count),
         inputs_(p.inputs - k),
@@ -156,7 +152,7 @@ class Splitting {
 
   // Rows [Begin, End).
   template <int Begin, int End>
-  inline __attribute__((always_inline)) void rows() const {
+  CLLM_METHOD void rows() const {
     if (count_ < End || inputs_ < tile_inputs) {
       for (int64_t i = Begin; i < minimum(End, count_); ++i) split<true>(i);
     } else if (fetched_) {
@@ -174,7 +170,7 @@ class Splitting {
 
  private:
   template <bool Tail>
-  inline __attribute__((always_inline)) void split(int64_t i) const {
+  CLLM_METHOD void split(int64_t i) const {
     const float* row = row_ + i * stride_;
     const vfloat a = Tail ? numbers_from(row, 0, inputs_) : load(row);
     const vfloat b = Tail ? numbers_from(row, native, inputs_) : load(row + native);
@@ -196,9 +192,9 @@ class SplitSums {
   }
 
   // Of a strip, the outputs from `output` on, in G tiles, and of P panels from `row` on. After it comes `next`. Meanwhile its
-  // weights and those at `behind` are fetched, unless that is null.
+  // weights and those at `following` are fetched, unless that is null.
   template <int G, int P>
-  void add(int64_t row, int64_t output, const Strip& strip, const Strip& next, const float* behind) {
+  void add(int64_t row, int64_t output, const Strip& strip, const Strip& next, const float* following) {
     const int64_t panel_bytes = tile_rows * p_.x_bytes, ahead = minimum(split_ahead, p_.inputs);
     const char* x = static_cast<const char*>(p_.x) + row * p_.x_bytes;
     zero_sums<G, P>();
@@ -207,7 +203,7 @@ class SplitSums {
       odd_ = !odd_;
       const bool last = k + tile_inputs >= p_.inputs;
       const int64_t over = k + ahead - p_.inputs;
-      const float* fetched = !behind ? nullptr : over < 0 ? strip.first + k + ahead : behind + over;
+      const float* fetched = !following ? nullptr : over < 0 ? strip.first + k + ahead : following + over;
       const Splitting splitting(p_, last ? next : strip, last ? 0 : k + tile_inputs, parts_[odd_], fetched);
       add_part_products<G, P>(high, x, panel_bytes, [&](auto done) {
         constexpr int count = 2 * tile_rows, i = decltype(done)::value, steps = part_steps<G, P>;

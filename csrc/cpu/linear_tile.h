@@ -298,9 +298,9 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
       linear_outputs<T, C, Fetch<(C + 1) / 2>>(p, begin, whole, after);
     linear_outputs<T, 1, Fetch<1>>(p, whole, end, last);
   };
-  if (p.rows <= 2) return run(std::integral_constant<int, tile_outputs(1)>{});
-  if (p.rows == 3) return run(std::integral_constant<int, tile_outputs(3)>{});
-  run(std::integral_constant<int, tile_outputs(4)>{});
+  if (p.rows <= 2) return run(constant<tile_outputs(1)>);
+  if (p.rows == 3) return run(constant<tile_outputs(3)>);
+  run(constant<tile_outputs(4)>);
 }
 
 // Many rows go in blocks, so that the outputs of a task find x in the cache.

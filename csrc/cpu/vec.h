@@ -36,7 +36,13 @@ constexpr int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple -
 constexpr int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Inlined everywhere: CLLM_INLINE for functions and static methods, CLLM_METHOD for other methods.
 #define CLLM_INLINE static inline __attribute__((always_inline))
+#define CLLM_METHOD inline __attribute__((always_inline))
+
+// A number that a generic lambda takes as a type.
+template <int Value>
+constexpr std::integral_constant<int, Value> constant;
 
 // Calls `body<N>` with N equal to the run-time `count`, 1 <= count <= R.
 template <int R, class Body>
@@ -44,7 +50,7 @@ CLLM_INLINE void with_block(int64_t count, const Body& body) {
   if constexpr (R > 1) {
     if (count < R) return with_block<R - 1>(count, body);
   }
-  body(std::integral_constant<int, R>{});
+  body(constant<R>);
 }
 
 typedef float vfloat __attribute__((vector_size(native * 4)));
