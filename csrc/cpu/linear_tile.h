@@ -41,32 +41,36 @@ constexpr int tile_outputs(int rows) { return rows <= 2 ? 4 : 3; }
 template <class T>
 constexpr bool linear_converts = !std::is_same<T, Input<T>>::value;
 
-// The CPUs that have AMX differ from others in two ways. The arithmetic on long rows of float32 waits for the L2 cache
-// unless the weights of some groups of outputs, x and the sums stay in the L1 cache; so the inputs go by blocks of
-// `linear_depth` there (0: they do not). And their memory gives more when rows that are fetched at the same time lie in
-// different pages.
+// What the caches and the memory gain by was measured on CPUs that have AMX (Xeon) and on one that does not (Zen 5). On
+// both, the arithmetic on long rows waits for the L2 cache unless the weights of some groups of outputs, x and the sums
+// stay in the L1 cache; so inputs that are read as they lie go by blocks of `linear_depth` there (0: they do not). Where
+// AMX is, the memory also gives more when rows that are fetched at the same time lie in different pages.
 #if defined(__AMX_BF16__)
 constexpr bool on_amx = true;
 #else
 constexpr bool on_amx = false;
 #endif
+constexpr int64_t depth_bytes = on_amx ? 1024 : 1792, long_row = on_amx ? 8192 : 8192 + 64;
 template <class T>
-constexpr int linear_depth = on_amx && std::is_same<T, float>::value ? 256 : 0;
-// Bytes of weights that up to `linear_rows` rows read there without fetching ahead. Whether they come from the L2 cache or the
+constexpr int linear_depth = linear_converts<T> ? 0 : depth_bytes / sizeof(T);
+// Whether lines are asked for twice: see `linear_block`.
+template <class T>
+constexpr bool fetches_twice = on_amx || linear_converts<T>;
+// Bytes of weights that up to `linear_rows` rows read without fetching ahead. Whether they come from the L2 cache or the
 // one behind it, the fetches would take more time (up to half) than the misses.
-constexpr int64_t small_layer = on_amx ? 1 << 20 : 0;
-constexpr int64_t long_row = 2048, least_rows = 4 * linear_rows, block_groups = 2, page_groups = 4;
+constexpr int64_t small_layer = 1 << 20;
+constexpr int64_t least_rows = 4 * linear_rows, block_groups = on_amx ? 2 : 1, page_groups = on_amx ? 4 : 1;
 
 template <class T>
 bool linear_in_blocks(const LinearParams& p) {
-  return linear_depth<T> && p.rows > linear_rows && p.inputs >= long_row;
+  return linear_depth<T> && p.rows > linear_rows && p.inputs * static_cast<int64_t>(sizeof(T)) >= long_row;
 }
 
 // Groups of outputs in a band: see `linear_outputs`.
 template <class T>
 int64_t linear_band(const LinearParams& p) {
   if (linear_in_blocks<T>(p)) return block_groups;
-  return on_amx && p.weight_stride * static_cast<int64_t>(sizeof(T)) < page_bytes ? page_groups : 1;
+  return p.weight_stride * static_cast<int64_t>(sizeof(T)) < page_bytes ? page_groups : 1;
 }
 
 // What a tile fetches of the weights that come after its own: in each step a line of each of `Rows` rows, and where
@@ -147,13 +151,15 @@ CLLM_INLINE void add_products(const float* x, int64_t x_stride, const bf16_t* w,
 #endif
 
 // A task's outputs are a multiple of what every register tile holds. Rows a page apart share a few sets of the caches.
-// With many of them it pays to move them.
+// With many of them it pays to move them, and with some where their blocks are to stay in the L1 cache.
 template <class T>
 LinearLayout linear_layout(const LinearParams& p) {
   constexpr int64_t outputs = 24;
   if (linear_converts<T>) return {outputs, 1, round_up(p.inputs, linear_step<T>) * sizeof(Input<T>)};
-  const int64_t bytes = p.inputs * sizeof(T);
-  return {outputs, 1, p.rows > 16 * linear_rows && bytes % page_bytes == 0 ? static_cast<size_t>(bytes) + 64 : 0};
+  const size_t bytes = p.inputs * sizeof(T);
+  if (bytes % page_bytes) return {outputs, 1, 0};
+  if (!on_amx && linear_in_blocks<T>(p)) return {outputs, 1, bytes + depth_bytes};
+  return {outputs, 1, p.rows > 16 * linear_rows ? bytes + 64 : 0};
 }
 
 // A row of x as the kernel reads it; what is converted, with zeros up to a whole number of steps.
@@ -240,14 +246,14 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
 
 // Outputs [begin, end) in groups of C, all rows of a group before the next. Meanwhile weights are fetched, so that the
 // memory never rests: behind the last group come those at `after`. Groups go in bands. Where the inputs go by blocks, all
-// groups of a band take a block before the next one; else a group fetches some rows from all over the next band.
+// groups of a band take a block before the next one.
 template <class T, int C, class Next>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
-  const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows;
+  const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows, weight_stride = p.weight_stride;
   const bool blocks = C > 1 && linear_in_blocks<T>(p);
   const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), band = C * linear_band<T>(p);
   alignas(64) float sums[linear_depth<T> ? block_groups * C * least_rows * native : 1];
-  const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * p.weight_stride; };
+  const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * weight_stride; };
   for (int64_t first = begin, last; first < end; first = last) {
     last = minimum(first + band, end);
     const T* behind = last < end ? weights(last) : after;
@@ -255,14 +261,25 @@ void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* 
     do {
       const int64_t k_end = minimum(k + depth, p.inputs);
       for (int64_t output = first; output < last; output += C) {
-        const int64_t stride = blocks ? p.weight_stride : (last - first) / C * p.weight_stride;
-        const T* fetched = !blocks            ? behind + (output - first) / C * p.weight_stride
-                           : output + C < last ? weights(output + C) + k
-                           : k_end < p.inputs  ? weights(first) + k_end
-                                               : behind;
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
-          const T* next = Next::rows < C && 2 * i >= tiles ? fetched + Next::rows * stride : fetched;
+          const T* next;
+          int64_t stride = weight_stride;
+          if constexpr (fetches_twice<T>) {
+            // A group fetches its next block, or some rows from all over the next band.
+            next = !blocks            ? behind + (output - first) / C * stride
+                   : output + C < last ? weights(output + C) + k
+                   : k_end < p.inputs  ? weights(first) + k_end
+                                       : behind;
+            if (!blocks) stride *= (last - first) / C;
+            if (Next::rows < C && 2 * i >= tiles) next += Next::rows * stride;
+          } else {
+            // Rows in turn from tile to tile, of the block that follows, or from the middle of the next group on.
+            next = !blocks           ? behind + C / 2 * stride
+                   : k_end < p.inputs ? weights(output) + k_end
+                                      : behind;
+            next += i * C / tiles * stride;
+          }
           with_block<linear_rows>(count, [&](auto size) {
             linear_tile<T, decltype(size)::value, C, Next>(p, row, output, k, k_end, next, stride,
                                                            sums + ((output - first) * p.rows + row * C) * native);
@@ -283,19 +300,35 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
     constexpr int C = decltype(outputs)::value;
     const int64_t whole = begin + (end - begin) / C * C;
     const T* after = whole < end ? weights(whole) : last;
-    // A core that has many fetches under way drops others, and the arithmetic waits for every line that was dropped. So
-    // lines are asked for twice where there is arithmetic to speak of: within a tile, by both of two, or by the first
-    // tiles half of the group and by the others the rest. At one row the memory is busy without it.
-    if (p.rows <= linear_rows && p.outputs * p.weight_stride * static_cast<int64_t>(sizeof(T)) <= small_layer)
-      linear_outputs<T, C, Fetch<0>>(p, begin, whole, after);
-    else if (p.rows == 1)
-      linear_outputs<T, C, Fetch<C>>(p, begin, whole, after);
-    else if (p.rows <= linear_rows)
-      linear_outputs<T, C, Fetch<C, 8>>(p, begin, whole, after);
-    else if (p.rows <= 2 * linear_rows)
-      linear_outputs<T, C, Fetch<C>>(p, begin, whole, after);
-    else
-      linear_outputs<T, C, Fetch<(C + 1) / 2>>(p, begin, whole, after);
+    const auto outputs_by = [&](auto next) { linear_outputs<T, C, decltype(next)>(p, begin, whole, after); };
+    const int64_t row_bytes = p.weight_stride * sizeof(T), tiles = (p.rows + linear_rows - 1) / linear_rows;
+    const bool small = p.outputs * row_bytes <= small_layer;
+    if constexpr (fetches_twice<T>) {
+      // A core that has many fetches under way drops others, and the arithmetic waits for every line that was dropped. So
+      // lines are asked for twice where there is arithmetic to speak of: within a tile, by both of two, or by the first
+      // tiles half of the group and by the others the rest. At one row the memory is busy without it.
+      if (on_amx && tiles == 1 && small)
+        outputs_by(Fetch<0>{});
+      else if (p.rows == 1)
+        outputs_by(Fetch<C>{});
+      else if (tiles == 1)
+        outputs_by(Fetch<C, 8>{});
+      else if (tiles == 2)
+        outputs_by(Fetch<C>{});
+      else
+        outputs_by(Fetch<(C + 1) / 2>{});
+    } else {
+      // Where rows are read one after the other without much arithmetic between, the core fetches them by itself, and
+      // whatever else is asked for slows it down. Else all tiles together ask for each line once, in blocks some more.
+      constexpr int64_t most = (C + 1) / 2;
+      if (p.rows <= 2 || (tiles == 1 && small))
+        outputs_by(Fetch<0>{});
+      else if (tiles == 1)
+        outputs_by(Fetch<C>{});
+      else
+        with_block<most>(minimum((C + tiles - 1) / tiles + linear_in_blocks<T>(p), most),
+                         [&](auto rows) { outputs_by(Fetch<decltype(rows)::value>{}); });
+    }
     linear_outputs<T, 1, Fetch<1>>(p, whole, end, last);
   };
   if (p.rows <= 2) return run(constant<tile_outputs(1)>);
