@@ -66,6 +66,19 @@ bool linear_in_blocks(const LinearParams& p) {
   return linear_depth<T> && p.rows > linear_rows && p.inputs * static_cast<int64_t>(sizeof(T)) >= long_row;
 }
 
+template <class T>
+bool is_small(const LinearParams& p) {
+  return p.outputs * p.weight_stride * static_cast<int64_t>(sizeof(T)) <= small_layer;
+}
+
+// Register tiles that the rows are shared out to. Three or four rows are two of them where the memory takes the time:
+// then the core spends half of it on weights that it has, while more are on their way.
+template <class T>
+int64_t linear_tiles(const LinearParams& p) {
+  if (!fetches_twice<T> && p.rows > 2 && p.rows <= linear_rows && !is_small<T>(p)) return 2;
+  return (p.rows + linear_rows - 1) / linear_rows;
+}
+
 // Groups of outputs in a band: see `linear_outputs`.
 template <class T>
 int64_t linear_band(const LinearParams& p) {
@@ -249,7 +262,7 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
 // groups of a band take a block before the next one.
 template <class T, int C, class Next>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
-  const int64_t tiles = (p.rows + linear_rows - 1) / linear_rows, weight_stride = p.weight_stride;
+  const int64_t tiles = linear_tiles<T>(p), weight_stride = p.weight_stride;
   const bool blocks = C > 1 && linear_in_blocks<T>(p);
   const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), band = C * linear_band<T>(p);
   alignas(64) float sums[linear_depth<T> ? block_groups * C * least_rows * native : 1];
@@ -301,13 +314,12 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
     const int64_t whole = begin + (end - begin) / C * C;
     const T* after = whole < end ? weights(whole) : last;
     const auto outputs_by = [&](auto next) { linear_outputs<T, C, decltype(next)>(p, begin, whole, after); };
-    const int64_t row_bytes = p.weight_stride * sizeof(T), tiles = (p.rows + linear_rows - 1) / linear_rows;
-    const bool small = p.outputs * row_bytes <= small_layer;
+    const int64_t tiles = linear_tiles<T>(p);
     if constexpr (fetches_twice<T>) {
       // A core that has many fetches under way drops others, and the arithmetic waits for every line that was dropped. So
       // lines are asked for twice where there is arithmetic to speak of: within a tile, by both of two, or by the first
       // tiles half of the group and by the others the rest. At one row the memory is busy without it.
-      if (on_amx && tiles == 1 && small)
+      if (on_amx && tiles == 1 && is_small<T>(p))
         outputs_by(Fetch<0>{});
       else if (p.rows == 1)
         outputs_by(Fetch<C>{});
@@ -321,10 +333,8 @@ void linear_block(const LinearParams& p, int64_t begin, int64_t end, const void*
       // Where rows are read one after the other without much arithmetic between, the core fetches them by itself, and
       // whatever else is asked for slows it down. Else all tiles together ask for each line once, in blocks some more.
       constexpr int64_t most = (C + 1) / 2;
-      if (p.rows <= 2 || (tiles == 1 && small))
+      if (tiles == 1)
         outputs_by(Fetch<0>{});
-      else if (tiles == 1)
-        outputs_by(Fetch<C>{});
       else
         with_block<most>(minimum((C + tiles - 1) / tiles + linear_in_blocks<T>(p), most),
                          [&](auto rows) { outputs_by(Fetch<decltype(rows)::value>{}); });
