@@ -195,38 +195,39 @@ void linear_inputs(const LinearParams& p, int64_t row, void* to) {
 // are added up and rounded together.
 template <class T, int R, int C>
 CLLM_INLINE void linear_results(const LinearParams& p, int64_t row, int64_t output, const vfloat (&sum)[R][C]) {
-  constexpr int rest = C % 4, whole = C - rest;
+  constexpr int rest = C % 4, whole = C - rest, fours = R * whole / 4, quads = fours + (R * rest + 3) / 4;
   const int64_t stride = p.out_stride;
   T* out = static_cast<T*>(p.out) + row * stride + output;
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + output : nullptr;
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < whole; c += 4) {
-      const vfloat v[4] = {sum[r][c], sum[r][c + 1], sum[r][c + 2], sum[r][c + 3]};
-      vquad total = add_lanes(v);
-      if (bias) total += load_quad(bias + c);
-      store_quad(out + r * stride + c, total);
-    }
+  // Row and output of the sums that are left over, in their order.
+  const auto left_row = [](int i) { return i / maximum(rest, 1); };
+  const auto left_output = [](int i) { return whole + i % maximum(rest, 1); };
+  vfloat lanes[4 * quads] = {};
+#pragma GCC unroll 32
+  for (int i = 0; i < R * whole; ++i) lanes[i] = sum[i / maximum(whole, 1)][i % maximum(whole, 1)];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * rest; ++i) lanes[R * whole + i] = sum[left_row(i)][left_output(i)];
+  vquad total[quads];
+  add_lanes<quads>(lanes, total);
+#pragma GCC unroll 8
+  for (int q = 0; q < fours; ++q) {
+    const int r = 4 * q / whole, c = 4 * q % whole;
+    if (bias) total[q] += load_quad(bias + c);
+    store_quad(out + r * stride + c, total[q]);
+  }
   if constexpr (rest > 0) {
 #pragma GCC unroll 4
-    for (int first = 0; first < R * rest; first += 4) {
-      vfloat v[4];
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int at = first + i;
-        v[i] = at < R * rest ? sum[at / rest % R][whole + at % rest] : vfloat{};
-      }
-      vquad total = add_lanes(v);
+    for (int q = fours; q < quads; ++q) {
+      const int first = 4 * (q - fours);
       if (bias)
-        for (int i = 0; i < 4; ++i) total[i] += widen(bias[whole + (first + i) % rest]);
+        for (int i = 0; i < 4; ++i) total[q][i] += widen(bias[left_output(first + i)]);
       T values[4];
-      store_quad(values, total);
+      store_quad(values, total[q]);
       constexpr int piece = 4 % rest == 0 ? rest : 1;  // values that stand side by side
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i += piece) {
         const int at = first + i;
-        if (at < R * rest) memcpy(out + at / rest * stride + whole + at % rest, values + i, piece * sizeof(T));
+        if (at < R * rest) memcpy(out + left_row(at) * stride + left_output(at), values + i, piece * sizeof(T));
       }
     }
   }

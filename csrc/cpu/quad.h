@@ -63,6 +63,38 @@ CLLM_INLINE vquad add_lanes(const vfloat (&from)[4]) {
 #endif
 }
 
+// The same of `Quads` times four vectors, each four into a quad; two quads at once take two thirds of the instructions.
+template <int Quads>
+CLLM_INLINE void add_lanes(const vfloat (&from)[4 * Quads], vquad (&to)[Quads]) {
+#if defined(__AVX512F__)
+  constexpr int paired = Quads / 2 * 2;
+#pragma GCC unroll 8
+  for (int q = 0; q < paired; q += 2) {
+    // The halves of a register belong to one quad each; in them it goes on as above.
+    vfloat v[4], pair[2];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const vfloat a = from[4 * q + i], b = from[4 * q + 4 + i];
+      v[i] = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+      pair[i] = _mm512_mask_blend_ps(0xcccc, v[2 * i], v[2 * i + 1]) + _mm512_shuffle_ps(v[2 * i], v[2 * i + 1], 0x4e);
+    const vfloat sums = _mm512_shuffle_ps(pair[0], pair[1], 0x88) + _mm512_shuffle_ps(pair[0], pair[1], 0xdd);
+    const vfloat both = _mm512_shuffle_f32x4(sums, sums, 0x08) + _mm512_shuffle_f32x4(sums, sums, 0x0d);
+    to[q] = _mm512_castps512_ps128(both);
+    to[q + 1] = _mm512_extractf32x4_ps(both, 1);
+  }
+#else
+  constexpr int paired = 0;
+#endif
+#pragma GCC unroll 16
+  for (int q = paired; q < Quads; ++q) {
+    const vfloat v[4] = {from[4 * q], from[4 * q + 1], from[4 * q + 2], from[4 * q + 3]};
+    to[q] = add_lanes(v);
+  }
+}
+
 // A register; of its values the first `count` where `Part`, and zeros.
 template <class Register, bool Part, class T>
 CLLM_INLINE Register load_register(const T* from, int64_t count) {
