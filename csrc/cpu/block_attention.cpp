@@ -19,8 +19,9 @@ constexpr int64_t split_width = 64;
 // Keys of a split. The cut depends on nothing but the row's own lengths, so that a result depends neither on the
 // number of threads nor on the rest of the batch.
 constexpr int64_t split_keys = 512;
-// One core does this many multiply-adds in some fifty microseconds, ten times what starting threads costs.
-constexpr int64_t parallel_work = 1'000'000;
+// One core does this many multiply-adds in a microsecond or two, which is what a thread takes to begin that waits for the
+// next call awake, as those of a decode do.
+constexpr int64_t parallel_work = 30'000;
 
 thread_local Scratch task_scratch;
 thread_local Scratch partial_scratch;
