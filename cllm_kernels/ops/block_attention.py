@@ -73,10 +73,10 @@ def block_attention(
 
     Returns out [B, n, Hq, Dv] in the query's dtype, contiguous, and lse float32 [B, Hq, n], the natural
     logarithm of the softmax's sum with the sink in it. A query that sees nothing gives 0 and -inf (or the
-    sink). Sums are accumulated in float32 for every dtype, on tensor cores and AMX tiles with the softmax's
-    weights in the query's dtype. Rows that a query does not see have no influence
-    on its result, not even as NaN; a non-finite value that it sees makes its output non-finite. Nothing is
-    mutated. For inference: gradients are not defined.
+    sink). Sums are accumulated in float32 for every dtype, with the softmax's weights in the query's dtype on tensor
+    cores and, in bfloat16 with D a multiple of 32 and Dv one of 16, by the CPU's AVX-512 BF16 and AMX. Rows that a
+    query does not see have no influence on its result, not even as NaN; a non-finite value that it sees makes its
+    output non-finite. Nothing is mutated. For inference: gradients are not defined.
 
     Raises ValueError on shapes, dtypes, devices, strides or numbers that do not fit; on the CPU also when a
     row has L < 0, L + n > S or a negative start. On other devices rows are not checked, because that would

@@ -3,51 +3,20 @@
 #pragma once
 
 #include "amx.h"
+#include "attention_pairs.h"
 #include "kernels.h"
 
+#if defined(__AMX_BF16__)
 namespace cllm::cpu {
 namespace {
 
-// Keys of a step, a multiple of 32: each step loads, scales and stores the output once, and with 256 and heads of 128 values
-// what it reads and writes begins to leave the L1 cache.
-constexpr int64_t amx_keys = 128;
-
-template <class T>
-struct AttentionTiles {
-  static constexpr bool exist = false;
-};
-
-#if defined(__AMX_BF16__)
-
-// Whether they do the scores and sums of a call.
-bool uses_tiles(const AttentionParams& p) {
-  return p.dtype == DType::bf16 && p.dim % tile_inputs == 0 && p.value_dim % tile_rows == 0;
-}
-
 template <>
-struct AttentionTiles<bf16_t> {
+struct AttentionPairs<bf16_t> : PairOperands {
   static constexpr bool exist = true;
 
   // Around all the others.
   static void configure() { configure_tiles(); }
   static void release() { _tile_release(); }
-
-  // Queries as second operands: [16 rows][dim / 32][16 pairs][row].
-  template <class Row>
-  static void queries(const Row& row_at, int64_t rows, int64_t dim, float* to) {
-    for (int64_t row = 0; row < rows; row += tile_rows) {
-      const void* from[16];
-      for (int i = 0; i < 16; ++i) from[i] = row_at(row + i);
-      for (int64_t d = 0; d < dim; d += tile_inputs, to += tile_bytes / 4) {
-        __m512i pairs[16];
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) pairs[i] = _mm512_loadu_si512(static_cast<const uint16_t*>(from[i]) + d);
-        transpose(pairs);
-#pragma GCC unroll 16
-        for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, pairs[i]);
-      }
-    }
-  }
 
   // Scores of G tiles of keys and W blocks of 16 rows.
   template <int G, int W>
@@ -82,24 +51,6 @@ struct AttentionTiles<bf16_t> {
       if (!whole) configure_tiles();
     }
     tile_barrier();
-  }
-
-  // Values as second operands: [value_dim / 16][keys / 32][16 pairs of keys][16 values], with zeros behind the last key.
-  // False where a value is infinite or NaN, which a weight of 0 does not remove.
-  static bool pack_values(const bf16_t* from, int64_t stride, int64_t keys, int64_t value_dim, float* to) {
-    const __m512i infinity = _mm512_set1_epi16(0x7f80);
-    __mmask32 bad = 0;
-    for (int64_t d = 0; d < value_dim; d += tile_rows)
-      for (int64_t key = 0; key < round_up(keys, tile_inputs); key += 2, to += lanes) {
-        const auto values = [&](int64_t i) {
-          if (i >= keys) return __m512i{};
-          return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i * stride + d)));
-        };
-        const __m512i pairs = _mm512_or_si512(values(key), _mm512_slli_epi32(values(key + 1), 16));
-        bad |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, infinity), infinity);
-        _mm512_storeu_si512(to, pairs);
-      }
-    return !bad;
   }
 
   // output[row][0..16 W) = the products of weights [row][keys] and values, which are `column` bytes apart.
@@ -139,9 +90,10 @@ struct AttentionTiles<bf16_t> {
     }
   }
 
-  // output[row] = the sum of values by weights, for 16 rows and keys [begin, end) of the `keys` that were packed.
+  // output[row] = the sum of values by weights, for 16 rows, whatever `rows` is, and keys [begin, end) of the `keys` that
+  // were packed.
   static void add_values(const float* weights, const float* values, int64_t begin, int64_t end, int64_t keys,
-                         int64_t value_dim, float* output) {
+                         int64_t /*rows*/, int64_t value_dim, float* output) {
     const int64_t first = begin / tile_inputs * tile_inputs, column = round_up(keys, tile_inputs) * 2 * tile_rows;
     const char* from = reinterpret_cast<const char*>(values) + first * 2 * tile_rows;
     const char* w = reinterpret_cast<const char*>(weights);
@@ -153,11 +105,6 @@ struct AttentionTiles<bf16_t> {
   }
 };
 
-#else
-
-constexpr bool uses_tiles(const AttentionParams&) { return false; }
-
-#endif
-
 }  // namespace
 }  // namespace cllm::cpu
+#endif

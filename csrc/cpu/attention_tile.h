@@ -40,12 +40,12 @@ struct Layout {
     rows = count * p.group();
     padded_rows = round_up(rows, lanes);
     padded_value_dim = round_up(p.value_dim, lanes);
-    keys = uses_tiles(p) ? amx_keys : key_tile(p.dim);
+    keys = takes_pairs(p) ? pair_keys : key_tile(p.dim);
     query = 0;
     scores = query + padded_rows * p.dim;
     // Output, maxima and sums stand together: they are what a partial result consists of.
-    // Tiles write the scores of 16 keys where there are fewer left.
-    output = scores + (uses_tiles(p) ? keys + lanes : keys) * padded_rows;
+    // AMX tiles write the scores of 16 keys where there are fewer left.
+    output = scores + (takes_pairs(p) ? keys + lanes : keys) * padded_rows;
     peak = output + padded_rows * padded_value_dim;
     total = peak + padded_rows;
     correction = total + padded_rows;
@@ -55,8 +55,8 @@ struct Layout {
     key = own + padded_rows;
     value = key + round_up(keys * p.dim, lanes);
     weights = value + keys * padded_value_dim;
-    sums = weights + (uses_tiles(p) ? 2 * lanes * keys : 0);
-    size = sums + (uses_tiles(p) ? 2 * lanes * padded_value_dim : 0);
+    sums = weights + (takes_pairs(p) ? 2 * lanes * keys : 0);
+    size = sums + (takes_pairs(p) ? 2 * lanes * padded_value_dim : 0);
   }
 };
 
@@ -266,18 +266,18 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   // Scores and their maxima are in base 2: a power of 2 costs less than one of e.
   const float scale = p.scale * log2e, softcap = p.softcap * log2e;
 
-  // Queries, scaled and transposed to [16 rows][d][lane], or as tiles take them; lanes beyond the last row repeat it and
+  // Queries, scaled and transposed to [16 rows][d][lane], or by pairs; lanes beyond the last row repeat it and
   // are not read.
-  using Tiles = AttentionTiles<T>;
-  const bool tiles = Tiles::exist && uses_tiles(p);
+  using Pairs = AttentionPairs<T>;
+  const bool paired = Pairs::exist && takes_pairs(p);
   const auto query_row = [&](int64_t row) {
     const int64_t real = minimum(row, rows - 1);
     return static_cast<const T*>(p.query.data) + task.row * p.query.strides[0] +
            (task.first + real / group) * p.query.strides[1] + (task.head * group + real % group) * p.query.strides[2];
   };
-  if constexpr (Tiles::exist)
-    if (tiles) Tiles::queries(query_row, padded, p.dim, query);
-  if (!tiles)
+  if constexpr (Pairs::exist)
+    if (paired) Pairs::queries(query_row, padded, p.dim, query);
+  if (!paired)
     for (int64_t row = 0; row < padded; ++row) {
       const T* from = query_row(row);
       float* to = query + row / lanes * lanes * p.dim + row % lanes;
@@ -320,21 +320,21 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
   };
   const auto all_behind = [&](int64_t row) { return chain ? highest[row] + 1 : length; };
 
-  if constexpr (Tiles::exist) Tiles::configure();
+  if constexpr (Pairs::exist) Pairs::configure();
   for (int64_t tile = task.key_begin; tile < task.key_end; tile += at.keys) {
     const int64_t tile_end = minimum(tile + at.keys, task.key_end);
 
     const float *keys = nullptr, *values = nullptr;
     int64_t key_stride = 0, value_stride = 0;
-    bool packed = false;  // as tiles take the values
-    if constexpr (Tiles::exist)
-      if (tiles)
-        packed = Tiles::pack_values(value_rows + tile * p.value_cache.strides[2], p.value_cache.strides[2],
+    bool packed = false;  // the values, by pairs
+    if constexpr (Pairs::exist)
+      if (paired)
+        packed = Pairs::pack_values(value_rows + tile * p.value_cache.strides[2], p.value_cache.strides[2],
                                     tile_end - tile, p.value_dim, scratch + at.value);
     if constexpr (std::is_same<T, float>::value) {
       keys = key_rows + tile * p.key_cache.strides[2];
       key_stride = p.key_cache.strides[2];
-    } else if (!tiles) {
+    } else if (!paired) {
       for (int64_t key = tile; key < tile_end; ++key)
         widen_row(key_rows + key * p.key_cache.strides[2], scratch + at.key + (key - tile) * p.dim, p.dim);
       keys = scratch + at.key;
@@ -362,17 +362,17 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       }
       const bool all = all_least(row + lanes - 1) <= begin && end <= all_behind(row);
       softmax_step(scores + (begin - tile) * padded + row, padded, begin, end, all, lowest + row, highest + row,
-                   own + row, static_cast<int32_t>(length), tiles ? scale : 1, softcap, peak + row, total + row,
+                   own + row, static_cast<int32_t>(length), paired ? scale : 1, softcap, peak + row, total + row,
                    correction + row);
     };
-    if constexpr (Tiles::exist) {
+    if constexpr (Pairs::exist) {
       // Rows go by pieces of two blocks of lanes, and what one step leaves for the next stays in the L1 cache.
       constexpr int64_t piece = 2 * lanes;
       const int64_t pieces = (padded + piece - 1) / piece;
       const auto score = [&](int64_t i) {
         const int64_t row = i * piece, count = minimum(piece, padded - row);
         const auto [begin, end] = seen(row, count);
-        Tiles::score(query + row * p.dim / 2, key_rows + begin * p.key_cache.strides[2], p.key_cache.strides[2], p.dim,
+        Pairs::score(query + row * p.dim / 2, key_rows + begin * p.key_cache.strides[2], p.key_cache.strides[2], p.dim,
                      end - begin, p.capacity - begin, count, scores + (begin - tile) * padded + row, padded);
       };
       const auto weights_of = [&](int64_t row) { return scratch + at.weights + row % (2 * piece) * at.keys / 2; };
@@ -380,7 +380,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         for (int64_t row = i * piece; row < minimum((i + 1) * piece, padded); row += lanes) {
           const auto [begin, end] = seen(row, lanes);
           softmax(row);
-          if (packed) Tiles::pack_weights(scores + row, padded, begin - tile, end - tile, weights_of(row));
+          if (packed) Pairs::pack_weights(scores + row, padded, begin - tile, end - tile, weights_of(row));
         }
       };
       const auto add = [&](int64_t i) {
@@ -388,17 +388,17 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
         const int64_t first = i * piece, behind = minimum(first + piece, padded);
         for (int64_t row = first; row < behind; row += lanes) {
           const auto [begin, end] = seen(row, lanes);
-          Tiles::add_values(weights_of(row), scratch + at.value, begin - tile, end - tile, tile_end - tile, value_dim,
-                            sums + (row - first) * value_dim);
+          Pairs::add_values(weights_of(row), scratch + at.value, begin - tile, end - tile, tile_end - tile,
+                            minimum(lanes, rows - row), value_dim, sums + (row - first) * value_dim);
         }
-        for (int64_t row = first; row < behind; ++row, sums += value_dim)
+        for (int64_t row = first; row < minimum(behind, rows); ++row, sums += value_dim)
           for (int64_t d = 0; d < value_dim; d += native) {
             float* here = output + row * value_dim + d;
             store(here, load(here) * correction[row] + load(sums + d));
           }
       };
       // One step behind the other, since a core waits for what it has just written when tiles read it, or the reverse.
-      for (int64_t i = 0; tiles && i < pieces + 2; ++i) {
+      for (int64_t i = 0; paired && i < pieces + 2; ++i) {
         if (i < pieces) score(i);
         if (0 < i && i <= pieces) weigh(i - 1);
         if (packed && i > 1) add(i - 2);
@@ -406,7 +406,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
       if (packed) continue;
     }
 
-    if (!tiles) {
+    if (!paired) {
       // Meanwhile the first rows fetch the keys of the next tile, and further down its values.
       const int64_t step = score_tile(p.dim);
       for (int64_t part = tile; part < tile_end; part += step)
@@ -462,7 +462,7 @@ void attend(const AttentionParams& p, const AttentionTask& task, float* scratch)
     });
   }
 
-  if constexpr (Tiles::exist) Tiles::release();
+  if constexpr (Pairs::exist) Pairs::release();
 
   if (!task.partial)
     for (int64_t row = 0; row < rows; ++row)

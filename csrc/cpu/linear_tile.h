@@ -50,20 +50,24 @@ constexpr bool on_amx = true;
 #else
 constexpr bool on_amx = false;
 #endif
+// Bytes of x in a block, and how many a row and all of them have at least where blocks pay.
 constexpr int64_t depth_bytes = on_amx ? 1024 : 1792, long_row = on_amx ? 8192 : 6144, large_x = on_amx ? 0 : 96 << 10;
 template <class T>
 constexpr int linear_depth = linear_converts<T> ? 0 : depth_bytes / sizeof(T);
+// Rows that are taken together: at least, however long they are, and by blocks.
+constexpr int64_t least_rows = 4 * linear_rows, rows_by_blocks = 8 * linear_rows;
+// Groups of outputs in a band, by blocks and where weights have less than a page a row: see `linear_outputs`.
+constexpr int64_t block_groups = on_amx ? 2 : 1, page_groups = on_amx ? 4 : 1;
 // Whether lines are asked for twice: see `linear_block`.
 template <class T>
 constexpr bool fetches_twice = on_amx || linear_converts<T>;
 // Bytes of weights that up to `linear_rows` rows read without fetching ahead. Whether they come from the L2 cache or the
 // one behind it, the fetches would take more time (up to half) than the misses.
 constexpr int64_t small_layer = 1 << 20;
-constexpr int64_t least_rows = 4 * linear_rows, most_rows = 8 * linear_rows, block_groups = on_amx ? 2 : 1, page_groups = on_amx ? 4 : 1;
 
 template <class T>
 bool linear_in_blocks(const LinearParams& p) {
-  const int64_t bytes = p.inputs * sizeof(T);
+  const int64_t bytes = p.inputs * static_cast<int64_t>(sizeof(T));
   return linear_depth<T> && p.rows > linear_rows && bytes >= long_row && p.rows * bytes > large_x;
 }
 
@@ -80,7 +84,6 @@ int64_t linear_tiles(const LinearParams& p) {
   return (p.rows + linear_rows - 1) / linear_rows;
 }
 
-// Groups of outputs in a band: see `linear_outputs`.
 template <class T>
 int64_t linear_band(const LinearParams& p) {
   if (linear_in_blocks<T>(p)) return block_groups;
@@ -267,7 +270,7 @@ void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* 
   const int64_t tiles = linear_tiles<T>(p), weight_stride = p.weight_stride;
   const bool blocks = C > 1 && linear_in_blocks<T>(p);
   const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), band = C * linear_band<T>(p);
-  alignas(64) float sums[linear_depth<T> ? block_groups * C * most_rows * native : 1];
+  alignas(64) float sums[linear_depth<T> ? block_groups * C * rows_by_blocks * native : 1];
   const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * weight_stride; };
   for (int64_t first = begin, last; first < end; first = last) {
     last = minimum(first + band, end);
@@ -353,7 +356,7 @@ template <class T>
 void linear(const LinearParams& p, int64_t begin, int64_t end, const void* next) {
   constexpr int64_t block_bytes = 256 << 10;
   int64_t block = maximum(block_bytes / p.x_bytes / linear_rows * linear_rows, least_rows);
-  if (linear_in_blocks<T>(p)) block = most_rows;
+  if (linear_in_blocks<T>(p)) block = rows_by_blocks;
   if (p.rows <= block) return linear_block<T>(p, begin, end, next);
   const int64_t count = (p.rows + block - 1) / block, tiles = (p.rows + linear_rows - 1) / linear_rows;
   for (int64_t i = 0; i < count; ++i) {
