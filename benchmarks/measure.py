@@ -146,8 +146,8 @@ def compare(benchmark, report, ours, alternatives, flops, nbytes, dtype, before=
     medians = {name: statistics.median(values) for name, values in times.items()}
     median = statistics.median(ours_times)
     quartiles = statistics.quantiles(ours_times, n=4)
-    # CPUs compute in float32, whatever is stored
-    floor = max(nbytes / bandwidth(threads), flops / rate(dtype if ON_GPU else torch.float32, threads))
+    dtypes = (dtype,) if ON_GPU else (dtype, torch.float32)  # on the CPU, bfloat16 is also multiplied in float32
+    floor = max(nbytes / bandwidth(threads), flops / max(rate(one, threads) for one in dtypes))
     report(
         ours_s=median,
         ours_quartiles_s=[quartiles[0], quartiles[2]],

@@ -59,7 +59,7 @@ def test_demo_names_what_is_wrong_with_questions(tmp_path, text, message):
     path = tmp_path / "questions.jsonl"
     path.write_text(text)
     result = run("demo", "--models", MODELS, "--prompts", path, "--quiet")
-    assert result.exit_code == 1 and message in result.output.replace("\n", "")
+    assert result.exit_code == 1 and message in result.output
 
 
 def test_demo_without_models_says_what_it_looks_for(tmp_path):
