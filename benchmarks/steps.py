@@ -212,9 +212,7 @@ def floor_seconds(model, batch: int, length: int, width: int, dtype: torch.dtype
     keys = 2 * batch * config.num_hidden_layers * config.num_key_value_heads * length * dim
     flops = 2 * batch * width * weights + 4 * batch * width * config.num_hidden_layers * config.num_attention_heads * length * dim
     threads = torch.get_num_threads()
-    # on the CPU, bf16 is also computed in fp32 where that is faster
-    arithmetic = max(rate(one, threads) for one in ((dtype,) if device.type == "cuda" else (dtype, torch.float32)))
-    return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / arithmetic)
+    return max((weights + keys) * dtype.itemsize / bandwidth(threads), flops / rate(dtype, threads))
 
 
 @contextlib.contextmanager

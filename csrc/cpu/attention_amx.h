@@ -77,13 +77,9 @@ struct AttentionPairs<bf16_t> : PairOperands {
   // Weights of 16 rows and of keys [begin, end) as first operands, [keys / 32][row][32], with zeros around them.
   static void pack_weights(const float* weights, int64_t weight_stride, int64_t begin, int64_t end, float* to) {
     for (int64_t key = begin / tile_inputs * tile_inputs; key < end; key += tile_inputs, to += tile_bytes / 4) {
-      const auto of = [&](int64_t at) {
-        return begin <= at && at < end ? load(weights + at * weight_stride) : vfloat{};
-      };
       __m512i pairs[16];
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i)
-        pairs[i] = interleaved(_mm512_cvtne2ps_pbh(of(key + 2 * i + 1), of(key + 2 * i)));
+      for (int i = 0; i < 16; ++i) pairs[i] = weight_pairs(weights, weight_stride, begin, end, key + 2 * i);
       transpose(pairs);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; ++i) _mm512_storeu_si512(to + 16 * i, pairs[i]);

@@ -63,6 +63,14 @@ struct PairOperands {
       }
     return !bad;
   }
+
+  // Weights of keys `key` and the next one, of 16 rows; zeros for keys outside [begin, end).
+  CLLM_INLINE __m512i weight_pairs(const float* weights, int64_t weight_stride, int64_t begin, int64_t end, int64_t key) {
+    const auto of = [&](int64_t at) {
+      return begin <= at && at < end ? load(weights + at * weight_stride) : vfloat{};
+    };
+    return interleaved(_mm512_cvtne2ps_pbh(of(key + 1), of(key)));
+  }
 };
 
 #if !defined(__AMX_BF16__)
@@ -122,11 +130,8 @@ struct AttentionPairs<bf16_t> : PairOperands {
 
   // Weights of 16 rows and of keys [begin, end), [pair of keys][row], with a zero for a key that is missing in a pair.
   static void pack_weights(const float* weights, int64_t weight_stride, int64_t begin, int64_t end, float* to) {
-    const auto of = [&](int64_t at) {
-      return begin <= at && at < end ? load(weights + at * weight_stride) : vfloat{};
-    };
     for (int64_t key = begin / 2 * 2; key < end; key += 2, to += lanes)
-      _mm512_storeu_si512(to, interleaved(_mm512_cvtne2ps_pbh(of(key + 1), of(key))));
+      _mm512_storeu_si512(to, weight_pairs(weights, weight_stride, begin, end, key));
   }
 
   // output[row][0..16 W) = the products of R rows of weights and of values, which are `column` floats apart.

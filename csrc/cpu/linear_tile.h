@@ -264,14 +264,14 @@ CLLM_INLINE void linear_tile(const LinearParams& p, int64_t row, int64_t output,
 
 // Outputs [begin, end) in groups of C, all rows of a group before the next. Meanwhile weights are fetched, so that the
 // memory never rests: behind the last group come those at `after`. Groups go in bands. Where the inputs go by blocks, all
-// groups of a band take a block before the next one.
+// groups of a band take a block before the next one; else a group fetches some rows from all over the next band.
 template <class T, int C, class Next>
 void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* after) {
-  const int64_t tiles = linear_tiles<T>(p), weight_stride = p.weight_stride;
+  const int64_t tiles = linear_tiles<T>(p);
   const bool blocks = C > 1 && linear_in_blocks<T>(p);
   const int64_t depth = blocks ? linear_depth<T> : maximum(p.inputs, 1), band = C * linear_band<T>(p);
   alignas(64) float sums[linear_depth<T> ? block_groups * C * rows_by_blocks * native : 1];
-  const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * weight_stride; };
+  const auto weights = [&](int64_t output) { return static_cast<const T*>(p.weight) + output * p.weight_stride; };
   for (int64_t first = begin, last; first < end; first = last) {
     last = minimum(first + band, end);
     const T* behind = last < end ? weights(last) : after;
@@ -279,25 +279,17 @@ void linear_outputs(const LinearParams& p, int64_t begin, int64_t end, const T* 
     do {
       const int64_t k_end = minimum(k + depth, p.inputs);
       for (int64_t output = first; output < last; output += C) {
+        const int64_t stride = blocks ? p.weight_stride : (last - first) / C * p.weight_stride;
+        const T* fetched = !blocks            ? behind + (output - first) / C * p.weight_stride
+                           : output + C < last ? weights(output + C) + k
+                           : k_end < p.inputs  ? weights(first) + k_end
+                                               : behind;
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t row = p.rows * i / tiles, count = p.rows * (i + 1) / tiles - row;
-          const T* next;
-          int64_t stride = weight_stride;
-          if constexpr (fetches_twice<T>) {
-            // A group fetches its next block, or some rows from all over the next band.
-            next = !blocks            ? behind + (output - first) / C * stride
-                   : output + C < last ? weights(output + C) + k
-                   : k_end < p.inputs  ? weights(first) + k_end
-                                       : behind;
-            if (!blocks) stride *= (last - first) / C;
-            if (Next::rows < C && 2 * i >= tiles) next += Next::rows * stride;
-          } else {
-            // Rows in turn from tile to tile, of the block that follows, or from the middle of the next group on.
-            next = !blocks           ? behind + C / 2 * stride
-                   : k_end < p.inputs ? weights(output) + k_end
-                                      : behind;
-            next += i * C / tiles * stride;
-          }
+          // Half of the rows by each half of the tiles; or in turn from tile to tile, from the middle of a group on.
+          const int64_t from = fetches_twice<T> ? (Next::rows < C && 2 * i >= tiles ? Next::rows : 0)
+                                                : i * C / tiles + (blocks ? 0 : C / 2);
+          const T* next = fetched + from * stride;
           with_block<linear_rows>(count, [&](auto size) {
             linear_tile<T, decltype(size)::value, C, Next>(p, row, output, k, k_end, next, stride,
                                                            sums + ((output - first) * p.rows + row * C) * native);
