@@ -18,13 +18,23 @@ TARGETS = (("over_weights", "at most", 1.15, "of reading the weights once"), ("o
            ("over_hf_eager", "at least", 5.0, "the speed of transformers' eager AR step"))  # fmt: skip
 
 
+def load(path: Path):
+    """What a stage wrote, or None where it was stopped while it did."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        print(f"{path} is cut off", file=sys.stderr)
+        return None
+
+
 def read(parts: Path) -> dict:
     """What is there, by kind."""
-    steps = [row for path in sorted(parts.glob("steps_*.json")) for row in json.loads(path.read_text())]
+    steps = [row for path in sorted(parts.glob("steps_*.json")) for row in load(path) or ()]
     found = {"steps": steps}
     for name, pattern in (("decode", "decode.json"), ("kernels", "kernels_*.json")):
         for path in parts.glob(pattern):
-            found[name] = json.loads(path.read_text())
+            if part := load(path):
+                found[name] = part
     return found
 
 

@@ -35,10 +35,10 @@ sanitizer() {  # looks at our kernels alone; without torch's cache, what is behi
     "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/ops/test_ops_on_gpu.py -k "cuda and ($2)"
 }
 
-many_pytest() {  # on many cores, since compiling for Triton takes most of the time
+many_pytest() {  # on many cores, since compiling for Triton takes most of the time; for at most $BOUND seconds, where it is set
   local cores
   cores=$(nproc)
-  "$PYTHON" -m pytest -q -p no:cacheprovider -n $((cores < 12 ? cores : 12)) --dist worksteal "$@"
+  ${BOUND:+timeout --signal=INT "$BOUND"} "$PYTHON" -m pytest -q -p no:cacheprovider -n $((cores < 12 ? cores : 12)) --dist worksteal "$@"
 }
 
 run_stage() {
@@ -57,6 +57,7 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       wait "$checks" && return $bad ;;
     steps)
       local shape
+      trap 'exit 1' INT  # or the next one would begin: typer turns an interrupt into an error
       for shape in llama-2-7b qwen2.5-7b llama-3-8b; do
         steps_of $shape --no-compiled --width 1 --width 8 --width 16 --width 32 --width 64 \
           --long-width 1 --long-width 16 --eager-width 16 --length 1024 --length 8192 --length 32768 --json "$PARTS/steps_$shape.json" || bad=1
@@ -66,7 +67,7 @@ assert 'gpu_site' in b.__file__ and b.resolve('auto', torch.device('cuda', 0)) =
       "$PYTHON" -c "from cllm_kernels.cli import main; main()" bench --device cuda --dtype bfloat16 \
         --model cllm=models/spider-cllm --prompts 8 --rounds 1 --batch 1 --batch 8 --block-size 16 --no-compiled --json "$PARTS/decode.json" ;;
     kernels)
-      CLLM_BENCH_COMPILE_ALONE=1 many_pytest benchmarks/test_kernels.py
+      BOUND=40 CLLM_BENCH_COMPILE_ALONE=1 many_pytest benchmarks/test_kernels.py
       "$PYTHON" -m pytest -q -p no:cacheprovider benchmarks/test_kernels.py --benchmark-only \
         --benchmark-json="$PARTS/kernels_$GPU.json" || bad=1
       cp cllm_kernels/attention_table.json "$OUT" \

@@ -99,6 +99,9 @@ def test_report(tmp_path):
     (tmp_path / "kernels_gpu.json").write_text(json.dumps({"benchmarks": cases}))
     results, text = report(tmp_path)
     assert len(results["steps"]) == 3 and results["failed"] == [] and "failed or stopped: none" in text
+    (tmp_path / "decode.json").write_text('[{"method": "hf_')  # stopped while it was written
+    results, text = report(tmp_path)
+    assert len(results["steps"]) == 3 and "decode" not in results
     assert "| llama-2-7b |  | at most 1.15x of reading the weights once | 1.13x | reached |" in text
     assert "| llama-3-8b | compiled | at most 1.15x of reading the weights once | 1.50x | missed |" in text
     assert "| llama-2-7b |  | projection, above 800 tokens/s | 706 to 1000 tokens/s | in part |" in text

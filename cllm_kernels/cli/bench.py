@@ -210,11 +210,12 @@ class _Measurement:
         ]
         self.runs = [method.make(model, max_new_tokens) for method in found]
         self.peaks = []
-        for decode in self.runs:  # the first run compiles and is not counted
+        for decode in self.runs:  # the first runs compile and are not counted
             with _peak_memory(model.device) as peak:
                 decode(self.encoded[0])
             self.peaks.append(peak[0])
-            decode(self.encoded[-1])
+            for inputs in self.encoded[1:]:  # what depends on their lengths is made too: static caches, graphs
+                decode(inputs)
         # Ours say what the prompt's forward took; of the others it is what one token takes.
         self.first = [index for index, method in enumerate(found) if method.jacobi is None]
         self.runs += [found[index].make(model, 1) for index in self.first]

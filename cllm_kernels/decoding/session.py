@@ -158,17 +158,48 @@ def capture(step: Callable[[], None], count: int, running: torch.Tensor) -> Call
     """Records ``count`` steps as one CUDA graph without running them; returns what launches it.
 
     Each step but the first is a conditional node where there are such: it is left out once ``running``, an integer on the
-    device, is 0.
+    device, is 0. Where a step cannot be captured it raises, mostly RuntimeError, and later graphs can be captured.
     """
-    stream = _graph_stream(running.device)
-    conditions = _has_conditions(running.device)
-    pool = _pool(running.device, threading.get_ident()).pool()
+    device, thread = running.device, threading.get_ident()
+    conditions = _has_conditions(device)
+    pool = _pool(device, thread).pool()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        for turn in range(count):
-            with _where(running > 0, graph) if turn and conditions else contextlib.nullcontext():
-                step()
+    try:
+        with _recording(graph, device, pool):
+            for turn in range(count):
+                with _where(running > 0, graph) if turn and conditions else contextlib.nullcontext():
+                    step()
+    except BaseException:
+        # The host's part of the pool stays taken, and random generators stay as in a capture until one succeeds.
+        _pool.cache_clear()
+        _pool(device, thread)
+        raise
     return graph.replay
+
+
+@contextlib.contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int] | None = None) -> Iterator[None]:
+    """``torch.cuda.graph`` on the thread's graph stream, which goes back to the caller's stream and lets go of the pool
+    where the capture fails too: torch 2.11 raises before it does either.
+
+    cuBLAS gets new workspaces inside: of those it has, torch's own graph trees take the memory away.
+    """
+    before = torch.cuda.current_stream(device)
+    with _recorder:
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=_graph_stream(device)):
+                yield
+        except BaseException:
+            torch.cuda.set_stream(before)
+            with contextlib.suppress(RuntimeError):  # let go already
+                torch._C._cuda_endAllocateToPool(device.index, pool or graph.pool())
+            raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
+
+
+_recorder = threading.Lock()  # torch captures one graph at a time
 
 
 @functools.cache
@@ -178,15 +209,19 @@ def _pool(device: torch.device, thread: int) -> torch.cuda.CUDAGraph:
     It is kept, because torch takes no graph into the memory of graphs that are all gone.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=_graph_stream(device)):
+    with _recording(graph, device):
         torch.zeros(1, device=device)
     return graph
 
 
 @functools.cache
+def _streams(device: torch.device, thread: int) -> tuple[torch.cuda.Stream, ...]:
+    """The stream on which a thread's graphs are captured, and two for branches of these."""
+    return tuple(torch.cuda.Stream(device) for _ in range(3))
+
+
 def _graph_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream on which a device's graphs are captured."""
-    return torch.cuda.Stream(device)
+    return _streams(device, threading.get_ident())[0]
 
 
 @contextlib.contextmanager
@@ -202,11 +237,6 @@ def on_graph_stream(device: torch.device) -> Iterator[None]:
     current.wait_stream(stream)
 
 
-@functools.cache
-def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, ...]:
-    return tuple(torch.cuda.Stream(device) for _ in range(2))
-
-
 def beside(calls: list[Callable[[], torch.Tensor]], device: torch.device) -> list[torch.Tensor]:
     """What up to three calls give that do not depend on each other, such as products of one input with several weights.
 
@@ -218,7 +248,7 @@ def beside(calls: list[Callable[[], torch.Tensor]], device: torch.device) -> lis
     if current is None or current != _graph_stream(device):  # also where steps run before their capture
         return [call() for call in calls]
     first, *others = calls
-    streams = _side_streams(device)[: len(others)]
+    streams = _streams(device, threading.get_ident())[1 : 1 + len(others)]
     results = []
     for stream, call in zip(streams, others, strict=True):
         stream.wait_stream(current)
@@ -237,7 +267,7 @@ def _has_conditions(device: torch.device) -> bool:
         return False
     count, graph = torch.zeros((), dtype=torch.int32, device=device), torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=_graph_stream(device)), _where(count < 1, graph):
+        with _recording(graph, device), _where(count < 1, graph):
             count.add_(1)
         for _ in range(2):
             graph.replay()

@@ -36,7 +36,7 @@ from ..decoding import (
     decode,
     is_stateful,
 )
-from ..decoding.session import may_capture, runs_on_device
+from ..decoding.session import may_capture, runs_on_device, waits_for_host
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask, submodules
@@ -576,6 +576,7 @@ def _session(
         key = (
             "session", rows, most, width + extra, output, len(eos), config.width, config.candidates, config.mode,
             config.refill, processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
+            config.optimize, waits_for_host(config) or most < rows,  # single iterations then
         )  # fmt: skip
         session = memory.pop(key, None)
         if session is not None:
@@ -613,13 +614,25 @@ def _has_graphs_of_its_own(model: PreTrainedModel, compiled: Callable | None) ->
 
 def _fingerprint(model: PreTrainedModel) -> int:
     """Of what a captured graph took from the model: where its weights lie, and what adapters and hooks were on."""
-    weights = [parameter.data_ptr() for parameter in model.parameters()]
+    weights = [part.data_ptr() for parameter in model.parameters() for part in _parts(parameter)]
     modules = [
         (id(module), len(module._forward_hooks), len(module._forward_pre_hooks))
-        + tuple(str(getattr(module, name, "")) for name in ("disable_adapters", "active_adapters", "merged_adapters"))
+        + tuple(
+            str(value)
+            for name in ("disable_adapters", "active_adapters", "merged_adapters")
+            if (value := getattr(module, name, None)) is not None and not callable(value)  # models have methods of these names
+        )
         for module in model.modules()
     ]
     return hash((tuple(weights), tuple(modules)))
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a quantised one is made of, itself where it is plain."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
 def window_forward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, make_dataclass
 
@@ -229,7 +230,8 @@ class JacobiState(_Fields):
         if refill == "last":
             self.window[:, 1:] = self.window[:, :1]
             return
-        if self.device.type == "cpu" and backends.resolve("auto", self.device) == "cpp":
+        # Not by `resolve`: a state for a GPU is made on the CPU, where CLLM_BACKEND may name what runs on the GPU alone.
+        if self.device.type == "cpu" and backends.EXTENSION is not None and os.environ.get("CLLM_BACKEND") != "torch":
             pointers = [tensor.data_ptr() for tensor in self.tensors()]
             backends.EXTENSION.context_drafts(pointers, self.rows, self.width, self.context.size(1))
             return

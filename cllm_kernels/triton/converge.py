@@ -184,6 +184,7 @@ def _converge(
             present = tl.where(left == 0, 1, tl.minimum(present, left))
         source = accept[:, None] - 1 + column
         usable = live & (column < present[:, None])
+        tl.debug_barrier()  # all have read the keys
         tl.store(keys + at * splits, predicted, mask=live)
         tl.debug_barrier()
         shifted = tl.load(keys + (at + accept[:, None] - 1) * splits, mask=usable & (source >= 0), other=0)

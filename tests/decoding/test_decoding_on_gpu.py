@@ -50,11 +50,12 @@ def test_known_families_equal_generate(family):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"mode": "block"}, {"draft": "lookup"}, {"adaptive": True}, {"candidates": 2}, {"draft": "auto", "candidates": 2}],
+    [{}, {"mode": "block"}, {"draft": "lookup"}, {"adaptive": True}, {"candidates": 2}, {"draft": "auto", "candidates": 2},
+     {"record_trajectory": True}, {"max_batch_size": 3}, {"max_batch_size": 3, "draft": "lookup"}],
     ids=str,
 )
 def test_rows_that_end_apart_equal_generate(options):
-    """A batch of questions of several lengths, on each way through the loop."""
+    """A batch of questions of several lengths, on each way through the loop, the second time with what the first one left."""
     model, tokenizer = load_model(MODEL)
     model.to("cuda")
     tokenizer.padding_side = "left"
@@ -62,8 +63,9 @@ def test_rows_that_end_apart_equal_generate(options):
     prompts = [prompt_for(row) for row in questions[:8]]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False).to("cuda")
     want = model.generate(**inputs, do_sample=False, max_new_tokens=96)
-    got = JacobiGenerator(model, JacobiConfig(16, **options)).generate(**inputs, do_sample=False, max_new_tokens=96)
-    assert torch.equal(got, want)
+    generator = JacobiGenerator(model, JacobiConfig(16, **options))
+    for _ in range(2):
+        assert torch.equal(generator.generate(**inputs, do_sample=False, max_new_tokens=96), want)
 
 
 def test_candidates_equal_generate():
@@ -108,6 +110,23 @@ def test_graphs_are_captured_when_all_earlier_ones_are_gone():
         for _ in range(3):
             assert torch.equal(JacobiGenerator(model, JacobiConfig(block_size=6)).generate(**inputs, **options), want)
             gc.collect()
+
+
+def test_a_capture_that_fails_leaves_nothing_behind():
+    """A model that reads a value on the host decodes without graphs; then others are captured, and torch is as before."""
+    model = make_model("llama").cuda()
+    inputs = {name: tensor.cuda() for name, tensor in make_prompts(2).items()}
+    options = dict(do_sample=False, max_new_tokens=40)
+    want, stream = model.generate(**inputs, **options), torch.cuda.current_stream()
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: output.sum().item() and None)
+    with pytest.warns(RuntimeWarning, match="cannot be captured"):
+        assert torch.equal(JacobiGenerator(model, JacobiConfig(block_size=6)).generate(**inputs, **options), want)
+    hook.remove()
+    assert torch.cuda.current_stream() == stream
+    torch.randn(1, device="cuda")  # raises where the generator still takes itself to be in a capture
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert torch.equal(JacobiGenerator(model, JacobiConfig(block_size=6)).generate(**inputs, **options), want)
 
 
 def test_an_iteration_does_not_wait_for_the_device(monkeypatch):

@@ -262,6 +262,25 @@ def test_a_forward_that_cannot_be_captured_is_reported(launches, monkeypatch):
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [({}, {"record_trajectory": True}), ({"draft": "last"}, {"draft": "lookup"}), ({}, {"optimize": False})],
+    ids=str,
+)
+def test_what_a_graph_was_made_for_decides_who_gets_it(first, second, launches):
+    options = dict(do_sample=False, max_new_tokens=100, return_dict_in_generate=True)
+    inputs = make_prompts(2)
+    generator = JacobiGenerator(MODEL, JacobiConfig(6, **first))
+    generator.generate(**inputs, **options)
+    assert max(launches) > 1 and launches.captures == 1
+    got = generator.generate(**inputs, **options, **second)
+    assert launches.captures == 2
+    want = JacobiGenerator(MODEL, JacobiConfig(6, cuda_graph=False, **first | second)).generate(**inputs, **options)
+    assert torch.equal(got.sequences, want.sequences) and got.trajectory == want.trajectory
+    if second != {"optimize": False}:
+        assert got.statistics.steps == want.statistics.steps
+
+
 def test_finished_rows_see_nothing(launches, monkeypatch):
     """So that attention leaves them at once; the others are what they are alone."""
     inputs, sessions = make_prompts(3), []
@@ -360,7 +379,9 @@ def graphs(monkeypatch):
 
     forget()
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, stream=None: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(session, "_graph_stream", lambda device: None)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
 
     def use(kind):
         kind.log = []
@@ -400,6 +421,44 @@ def test_graphs_share_memory_that_outlives_them(graphs, monkeypatch):
     assert pools == [None, (0, 1), (0, 1), (0, 1)] and len(live) == 1
 
 
+def test_a_capture_that_fails_leaves_nothing_behind(graphs, monkeypatch):
+    """The caller's stream is current again, and others are captured. In torch 2.11 the end of such a capture raises before
+    it lets go of the stream and the pool."""
+    graphs(Graph)
+    current, under_way = ["caller's"], []
+
+    @contextlib.contextmanager
+    def capture(graph, pool=None, stream=None):
+        pool = pool or graph.pool()
+        assert not under_way
+        under_way.append(pool)
+        current[:] = ["graph's"]
+        yield
+        under_way.remove(pool)
+        current[:] = ["caller's"]
+
+    def let_go(device, pool):
+        if pool not in under_way:
+            raise RuntimeError("not currently recording")
+        under_way.remove(pool)
+
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[0])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", let_go, raising=False)
+    steps, running = [], torch.tensor(2)
+
+    def fails():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="not permitted"):
+            session.capture(fails, 2, running)
+        assert current == ["caller's"] and not under_way
+        session.capture(lambda: steps.append(current[0]), 2, running)
+    assert steps == ["graph's"] * 4
+
+
 def test_calls_beside_each_other_are_branches_of_a_graph_alone(monkeypatch):
     """Each begins behind what stood before them all, and what follows waits for all; elsewhere they run in order."""
     log = []
@@ -420,8 +479,7 @@ def test_calls_beside_each_other_are_branches_of_a_graph_alone(monkeypatch):
     current, graph = Stream("main"), Stream("graph")
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current)
     monkeypatch.setattr(torch.cuda, "stream", stream)
-    monkeypatch.setattr(session, "_graph_stream", lambda device: graph)
-    monkeypatch.setattr(session, "_side_streams", lambda device: (Stream("a"), Stream("b")))
+    monkeypatch.setattr(session, "_streams", lambda device, thread: (graph, Stream("a"), Stream("b")))
     calls = [lambda n=n: log.append(n) or n for n in range(3)]
     assert session.beside(calls, torch.device("cpu")) == session.beside(calls, torch.device("cuda", 0)) == [0, 1, 2]
     assert log == [0, 1, 2, 0, 1, 2]

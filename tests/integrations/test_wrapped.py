@@ -8,6 +8,7 @@ from helpers import Frames, make_model, make_prompts
 from transformers import AutoModelForCausalLM
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, disable_jacobi, enable_jacobi, jacobi_generate
+from cllm_kernels.integrations.generate import _fingerprint
 
 GREEDY = dict(do_sample=False, max_new_tokens=24)
 CONFIG = JacobiConfig(block_size=6)
@@ -44,6 +45,12 @@ def test_quantised_by_torchao(name):
     quantization.quantize_(model, getattr(quantization, name)())
     assert not torch.equal(model(make_prompts(1)["input_ids"]).logits, full)
     check(model)
+    # Graphs hold addresses, which such a weight has in the tensors that it is made of.
+    before = _fingerprint(model)
+    assert before == _fingerprint(model)
+    projection = model.model.layers[0].mlp.down_proj
+    projection.weight = torch.nn.Parameter(projection.weight.clone(), requires_grad=False)
+    assert before != _fingerprint(model)
 
 
 def adapted(config, model):
