@@ -97,7 +97,10 @@ def _attention(
 
 
 def _slides(module: torch.nn.Module) -> bool:
-    layer_types = getattr(getattr(module, "config", None), "layer_types", None)
+    config = getattr(module, "config", None)
+    if getattr(config, "model_type", None) == "phimoe":
+        return config.sliding_window is not None
+    layer_types = getattr(config, "layer_types", None)
     return layer_types is not None and layer_types[module.layer_idx] == "sliding_attention"
 
 

@@ -7,7 +7,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 
 import torch
@@ -190,6 +192,7 @@ def jacobi_generate(
             text_streamer.put(input_ids.cpu())
             stack.callback(text_streamer.end)
             on_commit = functools.partial(_stream, text_streamer, on_commit)
+        stack.enter_context(_lock(model))
         stack.enter_context(_evaluation_mode(model))
         # "auto" stays with block_attention, which knows what was measured for its sizes.
         own = "auto" if config.backend == "auto" and chosen == "cuda" else chosen
@@ -227,11 +230,22 @@ def jacobi_generate(
         return sequences
     return JacobiOutput(
         sequences=sequences,
-        scores=decoded.scores,
-        logits=decoded.logits,
+        # out of inference mode, as generate's are
+        scores=decoded.scores and tuple(scores.clone() for scores in decoded.scores),
+        logits=decoded.logits and tuple(logits.clone() for logits in decoded.logits),
         statistics=dataclasses.replace(decoded.statistics, attention=attention),
         trajectory=decoded.trajectory,
     )
+
+
+# A decode swaps parts of its model, so that one thread at a time decodes with it; callbacks may decode again.
+_locks: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
+_locks_lock = threading.Lock()
+
+
+def _lock(model: PreTrainedModel) -> threading.RLock:
+    with _locks_lock:
+        return _locks.setdefault(model, threading.RLock())
 
 
 class JacobiGenerator:
@@ -505,6 +519,14 @@ def _check_lengths(
     if limit is None:
         return None
     longest = input_ids.shape[1] - int(pads.min())
+    short = _short_positions(model)
+    if short is not None:
+        if longest + max_new_tokens > short:
+            raise NotImplementedError(
+                f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} go beyond {short} positions, where the "
+                "rotary embedding (longrope) gives all tokens other angles; Jacobi decoding does not follow that"
+            )
+        limit = min(limit, short)
     if longest + max_new_tokens > limit:
         raise ValueError(
             f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} need {longest + max_new_tokens} "
@@ -513,6 +535,17 @@ def _check_lengths(
     if config.width > limit:
         raise ValueError(f"the window has {config.width} tokens; the model's cache holds at most {limit} positions")
     return limit - 1
+
+
+def _short_positions(model: PreTrainedModel) -> int | None:
+    """For how many positions the angles of longrope are those of short texts; None for other rotary embeddings."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") == "longrope":
+            short = parameters.get("original_max_position_embeddings")
+            return short or getattr(config, "original_max_position_embeddings", None)
+    return None
 
 
 def _check_that_rows_may_move(
@@ -677,9 +710,9 @@ def _stream(streamer: BaseStreamer, on_commit: Callable[[list[int]], None] | Non
 @contextlib.contextmanager
 def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
     training = [module for module in submodules(model) if module.training]
-    if training:  # eval() walks all modules too
-        model.eval()
     try:
+        if training:  # eval() walks all modules too
+            model.eval()
         yield
     finally:
         for module in training:

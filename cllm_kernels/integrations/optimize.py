@@ -171,6 +171,8 @@ def _swapped_linear(module: nn.Linear) -> Callable:
     parameters = module._parameters  # read anew in each call, lest a weight that was replaced stay in use
 
     def forward(input: torch.Tensor) -> torch.Tensor:
+        if "weight" not in parameters:  # taken over while the model runs, as by adapters of PEFT for parameters
+            return F.linear(input, module.weight, module.bias)
         weight, bias = parameters["weight"], parameters["bias"]
         if input.dtype != weight.dtype or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
             return F.linear(input, weight, bias)
@@ -191,6 +193,7 @@ def _swapped_layer(layer: nn.Module, backend: str) -> Callable:
     def takes(hidden_states, cache):
         return (
             type(cache) is JacobiCache
+            and not _has_any_global_hook()  # it wants every module inside
             and hidden_states.dtype == weights["weight"].dtype
             and hidden_states.shape[0] * hidden_states.shape[1] <= rows
             and not torch.is_grad_enabled()
@@ -414,6 +417,8 @@ def _linear_reason(module: nn.Linear, backend: str) -> str | None:
 
 
 def _parameters_reason(module: nn.Module, backend: str, kernels: tuple[str, ...]) -> str | None:
+    if not isinstance(module._parameters.get("weight"), torch.Tensor):
+        return "its weight is no parameter"  # but made in each call, by torch.nn.utils.prune for one
     dtype = module.weight.dtype
     for name, tensor in module._parameters.items():
         if tensor is None:
@@ -479,7 +484,7 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
             return f"{name} is a {type(module).__qualname__}"
         if name in projections and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__qualname__}"
-        if module._parameters and (reason := _parameters_reason(module, backend, ("cpp", "gpu"))):
+        if (module._parameters or hasattr(module, "weight")) and (reason := _parameters_reason(module, backend, ("cpp", "gpu"))):
             return f"{name}: {reason}"
     if len({(parameter.dtype, parameter.device) for parameter in layer.parameters()}) > 1:
         return "its parameters are of several dtypes or on several devices"

@@ -220,8 +220,9 @@ def _rescore(
             at = wrong.any(0).nonzero().flatten().tolist()
             backend = resolve(config.backend, model.device)
             for others_logits in (run.tokens(at), run.windows(at, attention, config.block_size, backend)):
-                logits[:, at] = others_logits
-                others.append(judge(logits)[:, at].float())
+                other = logits.clone()  # scores may be the logits themselves
+                other[:, at] = others_logits
+                others.append(judge(other)[:, at].float())
             at = {position: index for index, position in enumerate(at)}
         mismatches = [
             _mismatch(row, position, new, scores[row, position].float(), [other[row, at[position]] for other in others])

@@ -381,7 +381,9 @@ def graphs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool=None, stream=None: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(session, "_graph_stream", lambda device: None)
-    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    for name in ("_cuda_clearCublasWorkspaces", "_cuda_endAllocateToPool"):
+        monkeypatch.setattr(torch._C, name, lambda *args: None, raising=False)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
 
     def use(kind):
         kind.log = []
