@@ -238,7 +238,7 @@ def jacobi_generate(
     )
 
 
-# A decode swaps parts of its model, so that one thread at a time decodes with it; callbacks may decode again.
+# A decode swaps parts of its model, and `verify` does, so that one thread at a time has it; callbacks may decode again.
 _locks: weakref.WeakKeyDictionary[PreTrainedModel, threading.RLock] = weakref.WeakKeyDictionary()
 _locks_lock = threading.Lock()
 

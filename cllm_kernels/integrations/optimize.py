@@ -377,7 +377,7 @@ def _held_layers(layers: list[nn.Module], hidden: torch.Tensor, cache: JacobiCac
 
     They are made once a decode, so weights that are replaced while it runs are in use from the next one on.
     """
-    if _has_any_global_hook() or any(map(has_hooks, layers)) or not layers[0].forward.takes(hidden, cache):
+    if any(map(has_hooks, layers)) or not layers[0].forward.takes(hidden, cache):
         return None
     if torch.compiler.is_compiling() or watched(hidden):
         return None
@@ -484,7 +484,8 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
             return f"{name} is a {type(module).__qualname__}"
         if name in projections and type(module) is not nn.Linear:
             return f"{name} is a {type(module).__qualname__}"
-        if (module._parameters or hasattr(module, "weight")) and (reason := _parameters_reason(module, backend, ("cpp", "gpu"))):
+        has_weight = module._parameters or hasattr(module, "weight")
+        if has_weight and (reason := _parameters_reason(module, backend, ("cpp", "gpu"))):
             return f"{name}: {reason}"
     if len({(parameter.dtype, parameter.device) for parameter in layer.parameters()}) > 1:
         return "its parameters are of several dtypes or on several devices"

@@ -24,6 +24,7 @@ from .generate import (
     _check_model,
     _check_options,
     _evaluation_mode,
+    _lock,
     _row_seeds,
     _without_stop_strings,
     stop_strings_hidden,
@@ -207,7 +208,7 @@ def _rescore(
     state.window[:, 1:] = new[:, :-1]
     run = _Run(model, sequences, width, pads)
     judge = functools.partial(_scores, processors=list(logits_processor or []), state=state, sampling=sampling)
-    with torch.inference_mode(), _evaluation_mode(model):
+    with torch.inference_mode(), _lock(model), _evaluation_mode(model):
         logits = run.whole()
         if bool(logits.isnan().any()):
             raise ValueError("the model gives NaN logits for this output; they must be numbers")

@@ -6,11 +6,14 @@ import copy
 import inspect
 import pickle
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import EOS, PAD, make_model, make_prompts
 from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
     BertConfig,
     BertModel,
     BloomConfig,
@@ -299,3 +302,41 @@ def test_nan_logits_raise_and_leave_the_model_as_it_was(model, inputs):
 def test_jacobi_generate_called_by_itself_says_how_to_call_it(model, inputs):
     with pytest.raises(ValueError, match="custom_generate"):
         jacobi_generate(model, inputs["input_ids"])
+
+
+def test_longrope_stays_within_its_short_positions():
+    rope = dict(
+        rope_type="longrope", rope_theta=1e4, original_max_position_embeddings=32, factor=8.0,
+        short_factor=[1.0] * 8, long_factor=[1 + 0.3 * k for k in range(8)],
+    )  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rope_parameters=rope, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(config).eval()
+    prompt = torch.randint(3, 97, (1, 20))
+    generator = JacobiGenerator(model, JacobiConfig(16))
+    want = model.generate(prompt, do_sample=False, max_new_tokens=12)
+    assert torch.equal(generator.generate(prompt, do_sample=False, max_new_tokens=12), want)
+    with pytest.raises(NotImplementedError, match="beyond 32 positions"):
+        generator.generate(prompt, do_sample=False, max_new_tokens=13)
+
+
+def test_threads_take_turns_on_a_model():
+    model, inputs = make_model("llama", seed=3), make_prompts(2)
+    options = dict(do_sample=False, max_new_tokens=24)
+    want, attention = model.generate(**inputs, **options), model.config._attn_implementation
+    generators = [JacobiGenerator(model, JacobiConfig(size)) for size in (4, 6, 8)]
+    with ThreadPoolExecutor(len(generators)) as pool:
+        runs = [pool.submit(generator.generate, **inputs, **options) for generator in generators * 6]
+    assert all(torch.equal(run.result(), want) for run in runs)
+    assert model.config._attn_implementation == attention
+    assert torch.equal(model.generate(**inputs, **options), want)
+
+
+def test_scores_are_ordinary_tensors():
+    output = JacobiGenerator(make_model("llama"), JacobiConfig(6)).generate(
+        **make_prompts(1), do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True
+    )
+    assert not any(tensor.is_inference() for tensor in (*output.scores, *output.logits, output.sequences))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import COMMON, FAMILIES, VOCABULARY, count_calls, counted, make_model, make_prompts, round_alike
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi, optimize
@@ -601,3 +602,39 @@ def test_models_inside_can_be_saved(tmp_path):
         model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_weights_that_are_no_parameters_are_left_alone():
+    model = make_model("llama", seed=2)
+    layer = model.model.layers[0]
+    prune.l1_unstructured(layer.mlp.up_proj, "weight", amount=0.3)
+    norm = layer.input_layernorm
+    weight = norm.weight.detach()
+    del norm.weight
+    norm.weight = weight
+    inputs = make_prompts(2)
+    want = model.generate(**inputs, do_sample=False, max_new_tokens=24)
+    assert torch.equal(JacobiGenerator(model, JacobiConfig(6)).generate(**inputs, do_sample=False, max_new_tokens=24), want)
+    with optimize(model, "cpp") as done:
+        assert done.left["model.layers.0.mlp.up_proj"] == "its weight is no parameter"
+        assert "model.layers.0" in done.left and "model.layers.1" in done.layers
+
+
+def test_global_hooks_run_in_every_module():
+    model, seen = make_model("llama", seed=2), []
+
+    def double(module, args, output):
+        if type(module).__name__ == "LlamaMLP":
+            seen.append(module)
+            return output * 2
+
+    inputs, options = make_prompts(2), dict(do_sample=False, max_new_tokens=24)
+    plain = model.generate(**inputs, **options)
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        want = model.generate(**inputs, **options)
+        seen.clear()
+        got = JacobiGenerator(model, JacobiConfig(6)).generate(**inputs, **options)
+    finally:
+        handle.remove()
+    assert seen and torch.equal(got, want) and not torch.equal(want, plain)

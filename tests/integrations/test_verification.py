@@ -205,3 +205,21 @@ def test_bad_input(case):
     output = MODEL.generate(**inputs, do_sample=False, max_new_tokens=NEW, eos_token_id=None)
     with pytest.raises(ValueError, match=message):
         verify(MODEL, **inputs, output=change(output), **options)
+
+
+def test_mismatches_name_what_the_whole_forward_gives():
+    """And not what one of the other ways to run the model gives, whose logits are looked at after that."""
+    model = make_model("llama", seed=4, dtype=torch.bfloat16)
+    inputs = make_prompts(2)
+    output, options = decode(model, inputs, eos_token_id=None)
+    wrong = planted(output, 1, 5)
+    certificate = verify(model, **inputs, output=wrong, max_new_tokens=NEW, **options)
+    with torch.no_grad():
+        mask = torch.cat((inputs["attention_mask"], torch.ones(2, NEW, dtype=torch.int64)), 1)[:, :-1]
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=wrong[:, :-1], attention_mask=mask, position_ids=positions).logits[:, 11:].float()
+    assert certificate.mismatches
+    for mismatch in certificate.mismatches:
+        scores = logits[mismatch.row, mismatch.position]
+        assert mismatch.expected == int(scores.argmax()) != mismatch.token
+        assert mismatch.gap == pytest.approx(float(scores.max() - scores[mismatch.token]))
