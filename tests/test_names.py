@@ -14,7 +14,7 @@ SOURCES = sorted(
     if folder != "tests" or path.stem.endswith("_on_gpu")
 )  # fmt: skip
 # What builds of torch with CUDA alone have.
-CUDA_ALONE = {"torch._C._cuda_getCurrentRawStream"}
+CUDA_ALONE = {"torch._C._cuda_getCurrentRawStream", "torch._C._cuda_clearCublasWorkspaces"}
 
 
 def dotted_names(source: str) -> set[str]:
