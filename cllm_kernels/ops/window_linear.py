@@ -136,6 +136,15 @@ def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
     return out
 
 
+def _direct(x, weight, bias=None, backend="auto") -> torch.Tensor:
+    # C++ does what `_implementation` does in less than half of its time, and leaves to it what is out of the ordinary
+    if backend in ("auto", "cpp") and backends.EXTENSION is not None:
+        out = backends.EXTENSION.linear_of_tensors(x, weight, bias, fast_rows(x.dtype), torch.get_num_threads())
+        if out is not None:
+            return out
+    return _implementation(x, weight, bias, backend)
+
+
 def _fake(x, weight, bias=None, backend="auto") -> torch.Tensor:
     _check(x, weight, bias)
     return x.new_empty(*x.shape[:-1], weight.size(0))
@@ -145,4 +154,5 @@ _call = register(
     'window_linear(Tensor x, Tensor weight, Tensor? bias=None, str backend="auto") -> Tensor',
     _implementation,
     _fake,
+    _direct,
 )

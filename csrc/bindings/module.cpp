@@ -1,4 +1,4 @@
-// The Python module cllm_kernels._C: integers in (pointers, strides, sizes), no logic. What the arguments mean
+// The Python module cllm_kernels._C: integers in (pointers, strides, sizes), no logic but in tensor_linear.cpp. What the arguments mean
 // and the checks on them are in cllm_kernels/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -13,6 +13,7 @@
 #include "arguments.h"
 #include "build_info.inc"
 #include "cuda_module.h"
+#include "tensor_linear.h"
 
 namespace py = pybind11;
 using namespace cllm;
@@ -183,6 +184,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("block_attention", &block_attention, unlocked());
   module.def("append_kv", &append_kv, unlocked());
   module.def("linear", &linear, unlocked());
+  define_tensor_linear(module);
   module.def("lm_head_argmax", &lm_head_argmax, unlocked());
   module.def("context_drafts", &context_drafts, unlocked());
   module.def("exchange_rows", &exchange_rows, unlocked());

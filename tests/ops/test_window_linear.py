@@ -33,6 +33,13 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def without_gradients():
+    """Else torch's dispatcher takes each call, not the first ones alone."""
+    with torch.no_grad():
+        yield
+
+
 def random(*shape, dtype=torch.float32):
     return torch.randn(*shape).to(dtype)
 
@@ -215,6 +222,58 @@ def test_any_number_of_dimensions(shape, backend):
     got = window_linear(x, weight, backend=backend)
     assert got.shape == (*shape[:-1], 5)
     torch.testing.assert_close(got, x @ weight.T)
+
+
+exchanges = pytest.mark.skipif(
+    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no DLPack exchange for C"
+)
+
+
+@exchanges
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_cpp_takes_as_tensors(dtype, isa):
+    """It has the bits of the way by pointers, and leaves to that what is out of the ordinary."""
+    x, weight, bias = make_linear(3, 20, 24, dtype)
+    weight.requires_grad_()
+
+    def by_tensors(x, weight, bias, rows=64):
+        return backends.EXTENSION.linear_of_tensors(x, weight, bias, rows, 2)
+
+    for some in (x, x[0], x[None], x.view(1, 3, 1, 24)):
+        for its_bias in (bias, None):
+            got = by_tensors(some, weight, its_bias)
+            assert got.shape == (*some.shape[:-1], 20) and got.dtype == dtype and not got.requires_grad
+            assert torch.equal(got, LINEAR._implementation(some, weight, its_bias, "cpp"))
+    wide = torch.zeros(40, 24, dtype=dtype)[::2]
+    wide.copy_(weight)
+    assert torch.equal(by_tensors(x, wide, None), by_tensors(x, weight, None))
+
+    left = {
+        "strided x": (x.T.contiguous().T, weight, bias),
+        "strided bias": (x, weight, random(40, dtype=dtype)[::2]),
+        "a column": (x, random(24, 20, dtype=dtype).T, bias),
+        "many rows": (random(65, 24, dtype=dtype), weight, bias),
+        "no rows": (x[:0], weight, bias),
+        "a number": (x[0, 0], weight, bias),
+        "other dtypes": (x.half(), weight, bias),
+        "another dtype": (x, weight.double(), bias),
+        "another dtype of the bias": (x, weight, bias.half()),
+        "wrong shapes": (x, weight[:, 1:], bias),
+        "a wrong bias": (x, weight, bias[1:]),
+        "a vector": (x, weight[0], bias),
+        "meta": (x, weight.to("meta"), bias),
+        "no tensor": (x, "weight", bias),
+    }
+    assert [name for name, arguments in left.items() if by_tensors(*arguments) is not None] == []
+
+
+@exchanges
+def test_what_cpp_takes_as_tensors_minds_the_variable(monkeypatch):
+    arguments = (*make_linear(), 64, 2)
+    monkeypatch.delenv("CLLM_BACKEND", raising=False)
+    assert backends.EXTENSION.linear_of_tensors(*arguments) is not None
+    monkeypatch.setenv("CLLM_BACKEND", "torch")
+    assert backends.EXTENSION.linear_of_tensors(*arguments) is None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
