@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import math
 import os
+import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -62,9 +64,10 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
     Weights stay where they are: nothing is copied or packed, so the state dict, ``save_pretrained`` and weights that
     change are not concerned; a parameter that is replaced during a decode may be in use from the next one on. Calls that
     need gradients, run under autocast or have more rows than pay go to torch as before. Linear layers of another class
-    (quantised ones, adapters), with weights of another kind or with a forward that was replaced are left alone; hooks run as
-    they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where nothing inside them has hooks or was changed,
-    decode a window in one call for all, or in a few calls for each if a layer has hooks, and leave out the padding of prompts.
+    (quantised ones, adapters), with weights of another kind or with a forward that was replaced, on the instance or on its
+    class, are left alone; hooks run as they do without it. Decoder layers of Llama, Mistral, Qwen2 and Qwen3, where nothing
+    inside them has hooks or was changed, decode a window in one call for all, or in a few calls for each if a layer has hooks,
+    and leave out the padding of prompts.
 
     On a GPU, decoder layers of the same families keep torch's linear layers, and all that stands between two of these takes
     one launch. Linear layers by themselves are left alone there.
@@ -136,8 +139,10 @@ def _plan(model: nn.Module, backend: str) -> _Plan:
 def _facts(model: nn.Module, backend: str) -> list:
     """Everything that a plan depends on: modules, their places, classes, hooks, forwards, and what parameters are."""
     facts: list = [backend]
+    classes = set()
     for module in submodules(model):
         own = module.__dict__
+        classes.add(type(module))
         facts.append((id(module), type(module), "forward" in own, has_hooks(module), id(own["_parameters"])))
         facts.extend((name, id(child)) for name, child in own["_modules"].items())
         for name, tensor in own["_parameters"].items():
@@ -145,9 +150,35 @@ def _facts(model: nn.Module, backend: str) -> list:
                 facts.append((name, tensor.dtype, tensor.device, tensor.layout, tensor.stride()))
             elif tensor is not None:
                 facts.append((name, type(tensor)))
+    facts.append({cls: _replaced(cls) for cls in classes})
     if backend == "auto":
         facts.append(os.environ.get("CLLM_BACKEND"))  # which decides
     return facts
+
+
+def _replaced(cls: type) -> str | None:
+    """What was replaced of a class as a whole, in words, or None: its forward, or functions that its module gives this."""
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    if not _is_of_source(vars(owner)["forward"], owner.__module__, f"{owner.__qualname__}.forward"):
+        return f"the forward of {cls.__qualname__} was replaced"
+    if cls.__name__.endswith("DecoderLayer"):
+        for name in ("apply_rotary_pos_emb", "rotate_half"):
+            function = getattr(sys.modules.get(cls.__module__), name, None)
+            # the library `kernels` makes a module of the function
+            if isinstance(function, types.FunctionType) and not _is_of_source(function, cls.__module__, name):
+                return f"{name} of {cls.__module__} was replaced"
+    return None
+
+
+def _is_of_source(function: Callable, module: str, name: str) -> bool:
+    """Whether a function is the one that a module's source has by this name, within what decorates it there."""
+    while hasattr(function, "__wrapped__"):
+        decorator = getattr(function, "__globals__", {}).get("__name__", "")
+        if not decorator.startswith("transformers.") and decorator != "torch.utils._contextlib":  # no_grad
+            return False
+        function = function.__wrapped__
+    own = getattr(sys.modules.get(module), "__dict__", None)
+    return own is not None and getattr(function, "__globals__", None) is own and function.__qualname__ == name
 
 
 def _kernels(device: torch.device, backend: str) -> str:
@@ -413,6 +444,8 @@ def _linear_reason(module: nn.Linear, backend: str) -> str | None:
         return f"it is a {type(module).__qualname__}"
     if "forward" in module.__dict__:
         return "its forward was replaced"
+    if (replaced := _replaced(nn.Linear)) is not None:
+        return replaced
     return _parameters_reason(module, backend, ("cpp",))
 
 
@@ -437,7 +470,7 @@ def _parameters_reason(module: nn.Module, backend: str, kernels: tuple[str, ...]
 
 def keeps_last(model: nn.Module) -> bool:
     """Whether the logits of the last positions are known to need the last layer's output at these alone."""
-    return _family(model, "ForCausalLM") is not None
+    return _family(model, "ForCausalLM") is not None and _replaced(type(model)) is None
 
 
 def _family(module: nn.Module, kind: str = "DecoderLayer") -> str | None:
@@ -453,6 +486,8 @@ def _is_decoder(module: nn.Module) -> bool:
         _family(module, "Model") is not None
         and "forward" not in module.__dict__
         and set(module._modules) == {"embed_tokens", "layers", "norm", "rotary_emb"}
+        and _family(module.rotary_emb, "RotaryEmbedding") == _family(module, "Model")
+        and _replaced(type(module)) is _replaced(type(module.rotary_emb)) is None
     )
 
 
@@ -480,6 +515,8 @@ def _layer_reason(layer: nn.Module, backend: str) -> str | None:
             return f"{name} has hooks"
         if "forward" in module.__dict__:
             return f"the forward of {name or 'the layer'} was replaced"
+        if (replaced := _replaced(type(module))) is not None:
+            return replaced
         if name in classes and (type(module).__module__, type(module).__name__) != (source, family + classes[name]):
             return f"{name} is a {type(module).__qualname__}"
         if name in projections and type(module) is not nn.Linear:

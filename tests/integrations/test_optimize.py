@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 
@@ -12,6 +13,7 @@ from helpers import COMMON, FAMILIES, VOCABULARY, count_calls, counted, make_mod
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi, optimize
 from cllm_kernels.decoding import CACHE_NAME, JacobiCache
@@ -166,12 +168,12 @@ def test_angles_are_computed_once_where_each_position_has_its_own(rope, dtype, m
     model = AutoModelForCausalLM.from_config(config).to(dtype).eval()
     kind, asked = type(model.model.rotary_emb), []
     forward = kind.forward
-    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: asked.append(1) or forward(*args, **kwargs))
     tokens = torch.randint(3, VOCABULARY, (2, 30), generator=torch.Generator().manual_seed(2))
 
     def logits():
         asked.clear()
-        with optimize(model):
+        with optimize(model), monkeypatch.context() as patch:  # when it is decided what is swapped
+            patch.setattr(kind, "forward", lambda *args, **kwargs: asked.append(1) or forward(*args, **kwargs))
             first, cache = window_forward(model, tokens[:, :21])
             second, _ = window_forward(model, tokens[:, 21:], 21, cache)
         return torch.cat((first, second), 1)
@@ -638,3 +640,60 @@ def test_global_hooks_run_in_every_module():
     finally:
         handle.remove()
     assert seen and torch.equal(got, want) and not torch.equal(want, plain)
+
+
+def changed(output):
+    """Another output of the same form."""
+    if isinstance(output, torch.Tensor):
+        return output.roll(1, -1)
+    if isinstance(output, tuple):
+        return changed(output[0]) * 9, *output[1:]
+    output[next(iter(output))] = changed(output[next(iter(output))])
+    return output
+
+
+@pytest.mark.parametrize("wraps", [False, True])
+@pytest.mark.parametrize(
+    "name",
+    ["MLP", "RMSNorm", "Attention", "DecoderLayer", "Model", "ForCausalLM", "RotaryEmbedding", "Linear", "rotary function"],
+)
+def test_what_was_replaced_of_a_class_runs(name, wraps, monkeypatch):
+    model, inputs, options = make_model("llama", seed=2), make_prompts(2), dict(do_sample=False, max_new_tokens=24)
+    generator = JacobiGenerator(model, JacobiConfig(6))
+    plain = model.generate(**inputs, **options)
+    assert torch.equal(generator.generate(**inputs, **options), plain)
+    if name == "rotary function":
+        owner, attribute = modeling_llama, "apply_rotary_pos_emb"
+    else:
+        owner, attribute = getattr(modeling_llama, f"Llama{name}", nn.Linear), "forward"
+    before = getattr(owner, attribute)
+
+    def replacement(*args, **kwargs):
+        return changed(before(*args, **kwargs))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, attribute, functools.wraps(before)(replacement) if wraps else replacement)
+        want = model.generate(**inputs, **options)
+        assert torch.equal(generator.generate(**inputs, **options), want) and not torch.equal(want, plain)
+        with optimize(model) as done:
+            inside = name in ("MLP", "RMSNorm", "Attention", "DecoderLayer", "Linear", "rotary function")
+            assert bool(done.layers) != inside and bool(done.linears) == (name != "Linear")
+            assert not inside or "was replaced" in done.left["model.layers.0"]
+            assert bool(done.decoders) == (name == "ForCausalLM")
+    assert torch.equal(generator.generate(**inputs, **options), plain)
+    with optimize(model) as done:
+        assert done.layers and done.linears and done.decoders
+
+
+def test_another_rotary_embedding_is_asked_in_every_forward():
+    class Later(modeling_llama.LlamaRotaryEmbedding):
+        def forward(self, x, position_ids):
+            return super().forward(x, position_ids * int(position_ids.max()))
+
+    model = make_model("llama", seed=2)
+    model.model.rotary_emb = Later(model.config)
+    tokens = torch.randint(3, VOCABULARY, (1, 4))
+    plain, _ = window_forward(model, tokens)
+    with optimize(model):
+        got, _ = window_forward(model, tokens)
+    torch.testing.assert_close(got, plain)
