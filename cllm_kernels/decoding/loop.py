@@ -113,7 +113,7 @@ def decode(
                 if kept is not None:
                     kept.add(values, produced)
             if stopping is not None:
-                _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns()), state, before, commit)
+                _stop(stopping.stops(produced, state, kept_scores and kept_scores.columns), state, before, commit)
         else:
             commit()
         return committed()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers.generation import logits_process
 
 from ..ops import JacobiState
+
+Outside = Callable[[], contextlib.AbstractContextManager]
 
 # By name, since releases of transformers differ in what they have. Only these very classes: a subclass may do anything.
 
@@ -60,15 +63,24 @@ class Processing:
         prompt: int64 ``[B, P]``, left padded.
         sampling: whether tokens are drawn; then ``temperature`` is what ``converge_`` still has to divide by.
         keep_scores: whether the processed scores are asked for.
+        outside: makes a context for calls of processors that may be anybody's.
 
     Attributes:
         temperature: of ``converge_``: 0 is greedy.
         calls, seconds: calls of processors, and the wall clock that they took.
     """
 
-    def __init__(self, processors: Sequence, prompt: torch.Tensor, sampling: bool, keep_scores: bool = False):
+    def __init__(
+        self,
+        processors: Sequence,
+        prompt: torch.Tensor,
+        sampling: bool,
+        keep_scores: bool = False,
+        outside: Outside = contextlib.nullcontext,
+    ):
         self.processors = list(processors)
         self.prompt = prompt
+        self.outside = outside
         self.sampling = sampling
         self.temperature = 1.0 if sampling else 0.0
         if sampling and not keep_scores and len(self.processors) == 1 and type(self.processors[0]) in _TEMPERATURE:
@@ -84,9 +96,10 @@ class Processing:
         if not self.processors:
             return logits
         begin = time.perf_counter()
-        # transformers processes in float32 too
-        scores = logits.to(torch.float32, copy=True)
-        scores = self._at_once(scores, state) if self.vectorised else self._by_position(scores, state)
+        with contextlib.nullcontext() if self.vectorised else self.outside():
+            # transformers processes in float32 too
+            scores = logits.to(torch.float32, copy=True)
+            scores = self._at_once(scores, state) if self.vectorised else self._by_position(scores, state)
         self.seconds += time.perf_counter() - begin
         return scores
 
@@ -142,17 +155,23 @@ class Stopping:
     Args:
         criteria: called as ``criterion(input_ids [B, L], scores)``; bool, or bool ``[B]``.
         prompt: int64 ``[B, P]``, left padded.
+        outside: makes a context for their calls.
     """
 
-    def __init__(self, criteria: Sequence, prompt: torch.Tensor):
+    def __init__(self, criteria: Sequence, prompt: torch.Tensor, outside: Outside = contextlib.nullcontext):
         self.criteria = list(criteria)
         self.prompt = prompt
+        self.outside = outside
 
-    def stops(self, before: list[int], state: JacobiState, scores: tuple | None) -> dict[int, int]:
+    def stops(self, before: list[int], state: JacobiState, scores: Callable[[], tuple] | None) -> dict[int, int]:
         """Rows that end here, with their number of new tokens.
 
-        before: ``produced`` of each row before the last step; scores: one ``[B, V]`` for each new token, or None.
+        before: ``produced`` of each row before the last step; scores: gives one ``[B, V]`` for each new token, or None.
         """
+        with self.outside():
+            return self._stops(before, state, None if scores is None else scores())
+
+    def _stops(self, before: list[int], state: JacobiState, scores: tuple | None) -> dict[int, int]:
         after = state.produced.tolist()
         tokens = window_tokens(self.prompt, state)
         ended: dict[int, int] = {}

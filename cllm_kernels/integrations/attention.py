@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from ..ops import block_attention
 from ..ops.block_attention import visible_rows
+from .swaps import Swaps
 
 # What transformers passes through to attention functions unread. It takes any 4-D mask as ready made, so the
 # bounds travel as a "mask" of shape [2, B, 1, 1]: no mask is ever built, and no layer needs a keyword of ours. Its last
@@ -137,16 +139,16 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[None]:
-    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it."""
-    configs = {
-        id(module.config): module.config for module in submodules(model) if isinstance(module, PreTrainedModel)
-    }
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
-    name = _register(backend)
+def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[Swaps]:
+    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it; yields what is swapped."""
+    configs = {id(module.config): module.config for module in submodules(model) if isinstance(module, PreTrainedModel)}
+    before = [config._attn_implementation_internal for config in configs.values()]
     try:
-        model.set_attn_implementation(name)
-        yield
+        model.set_attn_implementation(_register(backend))
+        during = [config._attn_implementation_internal for config in configs.values()]
     finally:
-        for config, implementation in before:
+        for config, implementation in zip(configs.values(), before, strict=True):
             config._attn_implementation_internal = implementation
+    names = itertools.repeat("_attn_implementation_internal")
+    with Swaps(zip(configs.values(), names, during)) as swaps:
+        yield swaps

@@ -42,8 +42,8 @@ from ..decoding.session import may_capture, runs_on_device, waits_for_host
 from ..ops import JacobiState
 from ..ops.block_attention import cuda_refusal
 from .attention import as_mask, attention_kind, block_attention_enabled, dense_mask, submodules
-from .optimize import keeps_last, window_logits
-from .optimize import optimize as optimized
+from .optimize import keeps_last, optimized, window_logits
+from .swaps import Swaps, outside
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -136,7 +136,7 @@ def jacobi_generate(
 
     Logits processors must be functions of their two arguments; one that remembers its calls has to say so by an
     attribute ``stateful = True``, and is served by a window of one token. Stopping criteria are asked for every
-    committed token. Where no EOS token is set, rows that a criterion has ended are padded too.
+    committed token. They, own processors, streamers and ``on_commit`` find the model as it was, in evaluation mode. Where no EOS token is set, rows that a criterion has ended are padded too.
 
     Returns:
         int64 ``[B, P + N]``, or :class:`JacobiOutput` where ``return_dict_in_generate`` is set. In fp32 the
@@ -171,12 +171,14 @@ def jacobi_generate(
     returns_dict = bool(generation_config.return_dict_in_generate)
     keep_scores = returns_dict and bool(generation_config.output_scores)
     prompt = input_ids.to(model.device)
+    swaps: list[Swaps] = []
+    others = functools.partial(outside, swaps)
     criteria = [criterion for criterion in stopping_criteria or () if not isinstance(criterion, _OWN_CRITERIA)]
     options = dict(
-        processing=Processing(logits_processor or [], prompt, sampling, keep_scores),
+        processing=Processing(logits_processor or [], prompt, sampling, keep_scores, others),
         choices=choices,
         lone=lone,
-        stopping=Stopping(criteria, prompt) if criteria else None,
+        stopping=Stopping(criteria, prompt, others) if criteria else None,
         keep_scores=keep_scores,
         keep_logits=returns_dict and bool(generation_config.output_logits),
     )
@@ -192,14 +194,16 @@ def jacobi_generate(
             text_streamer.put(input_ids.cpu())
             stack.callback(text_streamer.end)
             on_commit = functools.partial(_stream, text_streamer, on_commit)
+        if on_commit is not None:
+            on_commit = others()(on_commit)
         stack.enter_context(_lock(model))
         stack.enter_context(_evaluation_mode(model))
         # "auto" stays with block_attention, which knows what was measured for its sizes.
         own = "auto" if config.backend == "auto" and chosen == "cuda" else chosen
         if attention == "block":
-            stack.enter_context(block_attention_enabled(model, own))
+            swaps.append(stack.enter_context(block_attention_enabled(model, own)))
         if config.optimize and compiled is None:
-            stack.enter_context(optimized(model, own))
+            swaps.append(stack.enter_context(optimized(model, own)))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.cuda.device_of(prompt))  # whose streams and graphs are used
         session = _session(
@@ -276,6 +280,9 @@ class JacobiGenerator:
         self.trajectory: list | None = None
         self._memory: dict = {}
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_memory": {}}  # graphs cannot be copied, and copies of the model learn for themselves
+
     def generate(self, inputs: torch.Tensor | None = None, **kwargs) -> JacobiOutput | torch.Tensor:
         """Takes what ``model.generate`` takes, and returns what it returns.
 
@@ -314,11 +321,14 @@ class JacobiGenerator:
             **{name: getattr(config, name) for name in names},
         )
 
-        # generate looks at the signature twice, which takes long with as many parameters as jacobi_generate has
-        def call(*args, **model_kwargs):
-            return jacobi_generate(*args, **model_kwargs, **options)
+        with contextlib.ExitStack() as hidden:
+            model = hidden.enter_context(stop_strings_hidden(self.causal_lm))
 
-        with stop_strings_hidden(self.causal_lm) as model:
+            # generate looks at the signature twice, which takes long with as many parameters as jacobi_generate has
+            def call(*args, **model_kwargs):
+                hidden.close()  # callbacks may call generate
+                return jacobi_generate(*args, **model_kwargs, **options)
+
             output = type(model).generate(
                 model, inputs, return_dict_in_generate=True, custom_generate=call, **kwargs
             )

@@ -28,6 +28,7 @@ from ..ops.decoder_layers import DecoderLayer, DecoderLayers
 from ..ops.window_linear import DTYPES, fast_rows
 from .attention import from_mask, has_hooks, submodules
 from .gpu_layers import GpuLayer, is_known, run_layers
+from .swaps import Swaps
 
 # Classes of transformers whose layers are RMSNorm, attention with rotary embedding, RMSNorm and a gated MLP, and where
 # each keeps its sliding window.
@@ -78,13 +79,13 @@ def optimize(model: nn.Module, backend: str = "auto") -> Iterator[Optimized]:
         what was swapped and what was left alone.
     """
     plan = _plan(model, backend)
-    try:
-        for module, forward in plan.forwards:
-            module.__dict__["forward"] = forward  # not by setattr, which would look for parameters and submodules
+    with _swaps(plan):
         yield Optimized(tuple(plan.linears), tuple(plan.layers), tuple(plan.decoders), dict(plan.left))
-    finally:
-        for module, _ in plan.forwards:
-            module.__dict__.pop("forward", None)
+
+
+def optimized(model: nn.Module, backend: str) -> Swaps:
+    """What :func:`optimize` swaps."""
+    return _swaps(_plan(model, backend))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,10 @@ class _Plan:
     decoders: dict[str, nn.Module]
     left: dict[str, str]
     forwards: list[tuple[nn.Module, Callable]]
+
+
+def _swaps(plan: _Plan) -> Swaps:
+    return Swaps((module, "forward", forward) for module, forward in plan.forwards)
 
 
 # Plans hold modules inside a model, so their ids in `facts` cannot pass to others; the model itself they must not hold.

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import EOS, PAD, make_model, make_prompts
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     BertConfig,
@@ -348,3 +349,82 @@ def test_scores_are_ordinary_tensors():
         **make_prompts(1), do_sample=False, max_new_tokens=4, return_dict_in_generate=True, output_scores=True, output_logits=True
     )
     assert not any(tensor.is_inference() for tensor in (*output.scores, *output.logits, output.sequences))
+
+
+def use(how, model, ids):
+    """What others may do with a model between two steps of its decode; the logits of the last position."""
+    if how == "copy":
+        model = copy.deepcopy(model)
+    elif how == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    elif how == "generate":
+        assert model.generate(ids, do_sample=False, max_new_tokens=3).shape[1] == ids.shape[1] + 3
+    elif how == "decode":
+        assert JacobiGenerator(model).generate(ids, do_sample=False, max_new_tokens=3).shape[1] == ids.shape[1] + 3
+    elif how == "gradients":
+        with torch.enable_grad():
+            embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+            logits = model(inputs_embeds=embedded).logits[:, -1]
+            (gradient,) = torch.autograd.grad(logits.square().sum(), embedded)
+        return logits.detach() + gradient.sum((1, 2))[:, None]
+    return model(ids).logits[:, -1]
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("how", ["call", "copy", "pickle", "generate", "decode", "gradients"])
+def test_callbacks_may_use_the_model(how, attention):
+    model = make_model("llama", seed=4)
+    model.set_attn_implementation(attention)
+    ids, options = make_prompts(1)["input_ids"], dict(do_sample=False, max_new_tokens=12, eos_token_id=None)
+    generator, seen = JacobiGenerator(model, JacobiConfig(6)), []
+
+    def guide(input_ids, scores):
+        scores -= 0.3 * use(how, model, input_ids).roll(5, -1)  # in place
+        return scores
+
+    def criterion(input_ids, scores, **kwargs):
+        assert use(how, model, input_ids).shape == (1, 97)
+        return input_ids[:, -1] % 40 == 39
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            seen.append(use(how, model, value.reshape(1, -1)))
+
+        def end(self):
+            pass
+
+    plain, expected = model.generate(ids, **options), snapshot(model)
+    for given in ({"logits_processor": [guide]}, {"stopping_criteria": [criterion]}, {"streamer": Streamer()}):
+        seen.clear()
+        want, logits = model.generate(ids, **options, **given), list(seen)
+        seen.clear()
+        assert torch.equal(generator.generate(ids, **options, **given), want)
+        assert len(seen) == len(logits) and all(torch.equal(one, two) for one, two in zip(seen, logits))
+        assert ("logits_processor" in given) == (not torch.equal(want, plain[:, : want.shape[1]]))
+        assert snapshot(model) == expected
+    commits = []
+    generator.generate(ids, **options, on_commit=lambda tokens: commits.append(use(how, model, torch.tensor([tokens]))))
+    assert commits and not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_callbacks_that_raise_leave_the_model_as_it_was(model, inputs):
+    before = snapshot(model)
+
+    def criterion(input_ids, scores, **kwargs):
+        assert snapshot(model) == before
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError, match="mine"):
+        JacobiGenerator(model).generate(**inputs, **GREEDY, stopping_criteria=[criterion])
+    assert snapshot(model) == before and not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_stop_strings_are_seen_by_callbacks(model, inputs):
+    """Those of the model's configuration are hidden from generate's preparation alone."""
+    model.generation_config.stop_strings = ["x"]
+    tokenizer = AutoTokenizer.from_pretrained("models/spider-cllm")
+    seen = []
+    JacobiGenerator(model).generate(
+        **inputs, **GREEDY, tokenizer=tokenizer, on_commit=lambda tokens: seen.append(model.generation_config.stop_strings)
+    )
+    assert seen and all(strings == ["x"] for strings in seen)
