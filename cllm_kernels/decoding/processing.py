@@ -59,7 +59,8 @@ class Processing:
 
     Args:
         processors: called as ``processor(input_ids [B, L], scores [B, V])``; they must be functions of these two, but
-            for those that :func:`is_stateful` names, which a window of one token serves.
+            for those that :func:`is_stateful` names, which a window of one token serves. What they return may have any
+            dtype, and fewer columns: no token is chosen among the others.
         prompt: int64 ``[B, P]``, left padded.
         sampling: whether tokens are drawn; then ``temperature`` is what ``converge_`` still has to divide by.
         keep_scores: whether the processed scores are asked for.
@@ -98,8 +99,10 @@ class Processing:
         begin = time.perf_counter()
         with contextlib.nullcontext() if self.vectorised else self.outside():
             # transformers processes in float32 too
-            scores = logits.to(torch.float32, copy=True)
-            scores = self._at_once(scores, state) if self.vectorised else self._by_position(scores, state)
+            if self.vectorised:
+                scores = self._at_once(logits.to(torch.float32, copy=True), state)
+            else:
+                scores = self._by_position(logits.float(), state)
         self.seconds += time.perf_counter() - begin
         return scores
 
@@ -123,14 +126,16 @@ class Processing:
                 self.calls += 1
         return scores.view(rows, width, vocabulary)
 
-    def _by_position(self, scores: torch.Tensor, state: JacobiState) -> torch.Tensor:
+    def _by_position(self, logits: torch.Tensor, state: JacobiState) -> torch.Tensor:
         width = state.width
+        # What no processor gets to see cannot be committed, so NaN in it is nobody's yet.
+        scores = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         tokens = window_tokens(self.prompt, state)
         room = (state.limits - state.produced).tolist()
         start = [self.prompt.shape[1] + count for count in state.produced.tolist()]
         rows = [row for row, done in enumerate(state.done.tolist()) if not done]
         for i in range(width):
-            raw = scores[:, i].clone()
+            raw = logits[:, i]
             for length in sorted({start[row] + i for row in rows}):
                 # The whole batch, as generate calls them: they may know rows by their index. Rows of another length are
                 # not taken, but as little processed as the others: what leaves no token to choose may raise.
@@ -139,7 +144,7 @@ class Processing:
                     processed = processor(tokens[:, :length], processed)
                     self.calls += 1
                 chosen = [row for row in rows if start[row] + i == length]
-                scores[chosen, i] = processed[chosen]
+                scores[chosen, i] = _float32(processed, raw)[chosen]
             if i + 1 == width:
                 break
             if not self.sampling:
@@ -147,6 +152,26 @@ class Processing:
                 rows = [row for row in rows if right[row]]
             rows = [row for row in rows if i + 1 < room[row]]
         return scores
+
+
+def _float32(scores: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Processed scores as float32 of the shape ``[B, V]`` of the model's, with the argmax they have.
+
+    Raises:
+        ValueError: the shape is not ``[B, at most V]``.
+    """
+    rows, columns = like.shape
+    shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
+    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != rows or not 0 < scores.shape[1] <= columns:
+        raise ValueError(f"the logits processors return {shape}; it must be scores [{rows}, at most {columns}]")
+    result = scores.to(like)
+    if scores.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # rounding makes ties
+        best = scores.argmax(-1, keepdim=True)
+        ties = (result == result.gather(1, best)).scatter_(1, best, False)
+        result = torch.where(ties, torch.nextafter(result, result.new_tensor(-torch.inf)), result)
+    if scores.shape[1] < columns:  # no token is chosen there
+        result = torch.nn.functional.pad(result, (0, columns - scores.shape[1]), value=-torch.inf)
+    return result
 
 
 class Stopping:

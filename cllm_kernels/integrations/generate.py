@@ -136,7 +136,8 @@ def jacobi_generate(
 
     Logits processors must be functions of their two arguments; one that remembers its calls has to say so by an
     attribute ``stateful = True``, and is served by a window of one token. Stopping criteria are asked for every
-    committed token. They, own processors, streamers and ``on_commit`` find the model as it was, in evaluation mode. Where no EOS token is set, rows that a criterion has ended are padded too.
+    committed token. They, own processors, streamers and ``on_commit`` find the model as it was, in evaluation mode. Where no
+    EOS token is set, rows that a criterion has ended are padded too.
 
     Returns:
         int64 ``[B, P + N]``, or :class:`JacobiOutput` where ``return_dict_in_generate`` is set. In fp32 the

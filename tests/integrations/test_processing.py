@@ -18,6 +18,7 @@ PROMPT = (  # of the bundled models
     "How many wines are there?\n"
 )
 NEW = 24
+GREEDY = dict(do_sample=False, max_new_tokens=NEW)
 
 
 class Rotate(LogitsProcessor):
@@ -80,6 +81,58 @@ def test_processors(name, rows, mode):
     assert torch.equal(generator.generate(**inputs, do_sample=False, max_new_tokens=NEW, **options), expected)
     run = generator.statistics
     assert run.processor_calls > 0 and 0 < run.processor_seconds < run.prefill_seconds + run.decode_seconds
+
+
+def ties(scores):
+    """Those that only float64 tells apart, and it alone prefers the last token."""
+    return scores.round().double() + torch.arange(scores.shape[1]) * 1e-12
+
+
+FORMS = {
+    "float64": lambda ids, scores: ties(scores),
+    "bfloat16": lambda ids, scores: scores.bfloat16(),
+    "float16": lambda ids, scores: scores.half(),
+    "integers": lambda ids, scores: (scores * 1e9).long(),
+    "fewer columns": lambda ids, scores: scores[:, :40],
+    "fewer columns now and then": lambda ids, scores: scores[:, : 30 + ids.shape[1] % 7],
+}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", FORMS)
+def test_processors_may_return_scores_of_another_form(name, rows):
+    inputs, options = make_prompts(rows), dict(max_new_tokens=NEW, logits_processor=[FORMS[name]])
+    expected = MODEL.generate(**inputs, **options, do_sample=False)
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6))
+    assert torch.equal(generator.generate(**inputs, **options, do_sample=False), expected)
+    options |= dict(do_sample=True, seed=3, top_k=0)  # top_k takes no integers
+    assert torch.equal(generator.generate(**inputs, **options), generator.generate(**inputs, **options, draft="none"))
+
+
+@pytest.mark.parametrize("form", [lambda s: s[0], lambda s: s[:0], lambda s: s[:, :0], lambda s: s.tile(2), lambda s: None])
+def test_processors_that_return_no_scores(form):
+    generator = JacobiGenerator(MODEL, JacobiConfig(block_size=6))
+    with pytest.raises(ValueError, match=r"processors return .*; it must be scores \[1, at most 97\]"):
+        generator.generate(**make_prompts(1), logits_processor=[lambda ids, scores: form(scores)], **GREEDY)
+    assert "forward" not in MODEL.lm_head.__dict__
+
+
+INVALID = {
+    "of transformers": dict(remove_invalid_values=True, repetition_penalty=1.2),
+    "of a user": dict(logits_processor=[lambda ids, scores: torch.nan_to_num(scores, nan=-5.0, posinf=5.0, neginf=-7.0)]),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", INVALID)
+def test_processors_may_take_out_what_is_no_number(name, value, rows):
+    model, inputs, options = make_model("llama", seed=4), make_prompts(rows), INVALID[name]
+    with torch.no_grad():
+        model.lm_head.weight[7] = float(value)  # sums of which are NaN too
+    expected = model.generate(**inputs, **options, **GREEDY)
+    for config in (JacobiConfig(block_size=6), JacobiConfig(block_size=6, candidates=2)):
+        assert torch.equal(JacobiGenerator(model, config).generate(**inputs, **options, **GREEDY), expected)
 
 
 def test_processors_work_where_drafts_are_right():
