@@ -48,8 +48,12 @@ class JacobiCache(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Writes a window's ``[B, Hkv, n, D]`` keys and values; returns the whole ``[B, Hkv, S, D]`` buffers.
 
-        With fewer rows than the first window had, these are the first rows of the buffers.
+        With fewer rows than the first window had, these are the first rows of the buffers. Under autocast, keys that rotary
+        embeddings made float32 again are held as values are, and as attention would round them.
         """
+        if key_states.dtype != value_states.dtype and torch.is_autocast_enabled(key_states.device.type):
+            dtype = torch.get_autocast_dtype(key_states.device.type)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         return self.append(key_states, value_states, layer_idx)
 
     def append(

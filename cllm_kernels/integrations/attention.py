@@ -83,7 +83,7 @@ def _attention(
         )
     lengths, starts, branch = from_mask(attention_mask)
     output, _ = block_attention(
-        query.transpose(1, 2),
+        query.transpose(1, 2).to(key.dtype),  # which autocast may differ in
         key,
         value,
         lengths,

@@ -163,6 +163,8 @@ def jacobi_generate(
     seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
     # One backend for all ops: that of attention, which the dtype decides about.
     chosen = resolve(config.backend, model.device, cuda_refusal(model.dtype))
+    if torch.is_autocast_enabled(model.device.type):  # whose casts of weights a graph would hold
+        config = dataclasses.replace(config, cuda_graph=False)
     if is_stateful(logits_processor or []):
         config = dataclasses.replace(config, draft="none", candidates=1, blocks=1, adaptive=False)
     choices = None
@@ -205,6 +207,7 @@ def jacobi_generate(
             swaps.append(stack.enter_context(block_attention_enabled(model, own)))
         if config.optimize and compiled is None:
             swaps.append(stack.enter_context(optimized(model, own)))
+        stack.callback(torch.clear_autocast_cache)  # of casts that have no gradients
         stack.enter_context(torch.inference_mode())
         stack.enter_context(torch.cuda.device_of(prompt))  # whose streams and graphs are used
         session = _session(

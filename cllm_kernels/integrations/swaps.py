@@ -40,6 +40,7 @@ def outside(swaps: list[Swaps]) -> Iterator[None]:
     for swap in reversed(swaps):
         swap.__exit__()
     try:
+        torch.clear_autocast_cache()  # of tensors of inference mode
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:

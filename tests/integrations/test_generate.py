@@ -10,7 +10,8 @@ from concurrent import futures
 
 import pytest
 import torch
-from helpers import EOS, PAD, make_model, make_prompts
+from families import make_family
+from helpers import EOS, FAMILIES, PAD, make_model, make_prompts
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -35,6 +36,7 @@ from cllm_kernels import (
     disable_jacobi,
     enable_jacobi,
     jacobi_generate,
+    verify,
 )
 from cllm_kernels.decoding import CACHE_NAME
 
@@ -428,3 +430,31 @@ def test_stop_strings_are_seen_by_callbacks(model, inputs):
         **inputs, **GREEDY, tokenizer=tokenizer, on_commit=lambda tokens: seen.append(model.generation_config.stop_strings)
     )
     assert seen and all(strings == ["x"] for strings in seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", [*FAMILIES, "Falcon"])
+def test_under_autocast_output_is_as_exact_as_in_its_dtype(family, dtype):
+    """Keys are float32 behind rotary embeddings, values are not."""
+    model = make_family(family) if family == "Falcon" else make_model(family, seed=4)
+    inputs = make_prompts(3)
+    options = dict(do_sample=False, max_new_tokens=24)
+    with torch.autocast("cpu", dtype=dtype):
+        for optimized in (True, False):
+            got = JacobiGenerator(model, JacobiConfig(6, optimize=optimized)).generate(**inputs, **options)
+            assert verify(model, **inputs, output=got, max_new_tokens=24).lossless
+
+
+def test_training_goes_on_in_the_same_autocast():
+    model, inputs = make_model("llama"), make_prompts(1)
+
+    def criterion(input_ids, scores, **kwargs):
+        with torch.enable_grad():
+            assert model(input_ids).logits.requires_grad
+        return False
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        generator = JacobiGenerator(model, JacobiConfig(6))
+        generator.generate(**inputs, do_sample=False, max_new_tokens=6, stopping_criteria=[criterion])
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(parameter.grad.any() for parameter in model.parameters())
