@@ -156,6 +156,7 @@ def jacobi_generate(
     _check_options(model, generation_config, logits_processor or [])
     sampling = bool(generation_config.do_sample)
     pads = _check_inputs(input_ids, model_kwargs)
+    _check_tokens(model, "the prompt", input_ids)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
     max_position = _check_lengths(model, input_ids, pads, max_new_tokens, config)
     if (text_streamer or on_commit) is not None and input_ids.shape[0] > 1:
@@ -516,6 +517,17 @@ def _check_inputs(input_ids: torch.Tensor, model_kwargs: dict) -> torch.Tensor:
         if positions.shape[-1] != width or bool(((positions != expected) & seen).any()):
             raise NotImplementedError("position_ids other than a row's own 0, 1, 2, ... are not supported by Jacobi decoding")
     return pads
+
+
+def _check_tokens(model: PreTrainedModel, name: str, tokens: torch.Tensor) -> None:
+    if tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"{name} is {tokens.dtype}; it must be int64 or int32")
+    embeddings = model.get_input_embeddings()
+    vocabulary = getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+    least, largest = torch.stack(tokens.aminmax()).tolist()
+    if least < 0 or largest >= vocabulary:
+        value = least if least < 0 else largest
+        raise ValueError(f"{name} holds token {value}; the model's are in [0, {vocabulary})")
 
 
 def _check_mask_shape(mask: torch.Tensor, input_ids: torch.Tensor) -> None:

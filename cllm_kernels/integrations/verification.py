@@ -23,6 +23,7 @@ from .generate import (
     _check_inputs,
     _check_model,
     _check_options,
+    _check_tokens,
     _evaluation_mode,
     _lock,
     _row_seeds,
@@ -253,11 +254,7 @@ def _check_sequences(model: PreTrainedModel, sequences: torch.Tensor, input_ids:
         raise ValueError("the output does not begin with the prompt; pass what generate returned, prompt included")
     if sequences.shape[1] - width > room:
         raise ValueError(f"the output has {sequences.shape[1] - width} new tokens; the options allow {room}")
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    least, largest = int(sequences.min()), int(sequences.max())
-    if least < 0 or largest >= vocabulary:
-        value = least if least < 0 else largest
-        raise ValueError(f"the output holds token {value}; the model's are in [0, {vocabulary})")
+    _check_tokens(model, "the output", sequences)
 
 
 def _row_ends(new: torch.Tensor, eos: torch.Tensor, lengths: Sequence[int] | None) -> torch.Tensor:

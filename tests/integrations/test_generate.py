@@ -224,6 +224,13 @@ REFUSED = {
     "seed": ({"seed": -1}, ValueError, "seed is -1"),
     "seed text": ({"seed": "a"}, ValueError, "seed is 'a'"),
     "backend": ({"backend": "tpu"}, ValueError, "tpu"),
+    "negative token": ({"input_ids": torch.full((1, 12), -3)}, ValueError, r"holds token -3; the model's are in \[0, 97\)"),
+    "token looked up": ({"input_ids": torch.full((1, 12), -3), "draft": "lookup"}, ValueError, "holds token -3"),
+    "huge token": ({"input_ids": torch.full((1, 12), 2**33), "draft": "lookup"}, ValueError, f"holds token {2**33}"),
+    "token behind the last": ({"input_ids": torch.full((1, 12), 97)}, ValueError, "holds token 97"),
+    "truths": ({"input_ids": torch.ones((1, 12), dtype=torch.bool)}, ValueError, "prompt is torch.bool; it must be int64"),
+    "bytes": ({"input_ids": torch.ones((1, 12), dtype=torch.uint8)}, ValueError, "prompt is torch.uint8; it must be int64"),
+    "numbers": ({"input_ids": torch.ones(1, 12)}, ValueError, "prompt is torch.float32; it must be int64"),
     "unknown": ({"blocksize": 3}, ValueError, "blocksize"),
 }
 
