@@ -21,6 +21,11 @@ from .swaps import Swaps
 # the cache returns, and takes positions from position_ids alone. Others slice a causal mask of their own by the number
 # of keys (GPT-Neo), or place ALiBi by the mask's columns (BLOOM, MPT, Falcon with alibi).
 _NATIVE = {"codegen", "falcon", "gptj"}
+# Model types inside the attention interface that make their mask whatever they are given, or read it; others that do are
+# found out in their first forward.
+_OWN_MASK = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "doge", "marian", "mbart", "pegasus", "plbart",
+}  # fmt: skip
 
 
 def as_mask(bounds: torch.Tensor, branch: int = 0) -> torch.Tensor:
@@ -51,6 +56,8 @@ def attention_kind(model: PreTrainedModel) -> str:
         NotImplementedError: with neither.
     """
     if model._can_set_attn_implementation():
+        if model.config.model_type in _OWN_MASK:
+            raise NotImplementedError(f"{type(model).__name__} makes its attention mask itself; Jacobi decoding cannot run it")
         return "block"
     if model.config.model_type in _NATIVE and not getattr(model.config, "alibi", False):
         return "native"

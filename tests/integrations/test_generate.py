@@ -14,15 +14,21 @@ from families import make_family
 from helpers import EOS, FAMILIES, PAD, make_model, make_prompts
 from transformers import (
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
+    BartConfig,
+    BartForCausalLM,
     BertConfig,
     BertModel,
     BloomConfig,
     BloomForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PLBartConfig,
+    PLBartForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     TextIteratorStreamer,
@@ -267,6 +273,7 @@ def test_decoding_must_be_known(model, inputs):
 
 
 _SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2)
+_HEADS = dict(decoder_attention_heads=2, encoder_attention_heads=2, decoder_ffn_dim=32)
 
 
 @pytest.mark.parametrize(
@@ -277,15 +284,19 @@ _SMALL = dict(vocab_size=50, hidden_size=32, num_hidden_layers=2)
             "encoder-decoder",
         ),
         (lambda: MambaForCausalLM(MambaConfig(**_SMALL, state_size=4)), "cannot roll back"),
+        (lambda: BartForCausalLM(BartConfig(vocab_size=50, d_model=32, decoder_layers=1, **_HEADS)), "mask itself"),
+        (lambda: PLBartForCausalLM(PLBartConfig(vocab_size=50, d_model=32, decoder_layers=1, **_HEADS)), "mask itself"),
+        (lambda: DogeForCausalLM(DogeConfig(**_SMALL, num_attention_heads=2, intermediate_size=32)), "mask itself"),
         (lambda: BloomForCausalLM(BloomConfig(**_SMALL, n_head=2)), "attention interface"),
     ],
 )
 def test_models_that_cannot_be_decoded_are_refused(make, message):
     model = make()
-    before = snapshot(model)
+    before, calls = snapshot(model), []
+    model.get_input_embeddings().register_forward_hook(lambda *args: calls.append(1))
     with pytest.raises(NotImplementedError, match=message):
         JacobiGenerator(model).generate(torch.tensor([[3, 4]]), **GREEDY)
-    assert snapshot(model) == before
+    assert snapshot(model) == before and not calls
 
 
 def test_other_things_than_causal_models_are_refused():
