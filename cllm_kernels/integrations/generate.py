@@ -226,6 +226,7 @@ def jacobi_generate(
             attention,
             compiled,
             most,
+            stack,
         )
         decoded = decode(session, prompt, config, chosen, on_commit=on_commit, **options)
 
@@ -611,8 +612,9 @@ def _session(
     attention: str,
     compiled: Callable | None,
     most: int,
+    stack: contextlib.ExitStack,
 ) -> Session:
-    """Buffers for this prompt, out of `memory` where an earlier call left them."""
+    """Buffers for this prompt, out of `memory` where an earlier call left them; `stack` leaves them there again."""
     rows, width = input_ids.shape
     device = input_ids.device
     kept = memory is not None and may_capture(device, config) and not processing.processors
@@ -637,9 +639,9 @@ def _session(
             config.refill, processing.temperature, backend, max_position, attention, id(compiled), _fingerprint(model),
             config.optimize, waits_for_host(config) or most < rows,  # single iterations then
         )  # fmt: skip
-        session = memory.pop(key, None)
+        session = memory.pop(key, None)  # a decode inside a callback must not get it
         if session is not None:
-            memory[key] = session  # the latest
+            stack.callback(_keep, memory, key, session)
             session.restart(state, pads)
             return session
     bounds = torch.zeros(2, rows, dtype=torch.int32, device=device)
@@ -657,11 +659,16 @@ def _session(
             stacklevel=2,
         )
     if kept:
-        # Few, since each holds a cache.
-        for old in [other for other in memory if other[0] == "session"][: 1 - _KEPT_SESSIONS]:
-            del memory[old]
-        memory[key] = session
+        stack.callback(_keep, memory, key, session)
     return session
+
+
+def _keep(memory: dict, key: tuple, session: Session) -> None:
+    memory.pop(key, None)
+    # Few, since each holds a cache.
+    for old in [other for other in memory if other[0] == "session"][: 1 - _KEPT_SESSIONS]:
+        del memory[old]
+    memory[key] = session  # the latest
 
 
 def _has_graphs_of_its_own(model: PreTrainedModel, compiled: Callable | None) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import sys
 import threading
 from concurrent import futures
 
@@ -476,3 +477,19 @@ def test_training_goes_on_in_the_same_autocast():
         generator.generate(**inputs, do_sample=False, max_new_tokens=6, stopping_criteria=[criterion])
         model(**inputs, labels=inputs["input_ids"]).loss.backward()
     assert all(parameter.grad.any() for parameter in model.parameters())
+
+
+def test_a_callback_may_use_its_own_generator(model, inputs, monkeypatch):
+    """Also where a generator keeps its buffers, as it does on GPUs."""
+    monkeypatch.setattr(sys.modules["cllm_kernels.integrations.generate"], "may_capture", lambda device, config: True)
+    generator = JacobiGenerator(model, JacobiConfig(6))
+    want, other = (model.generate(ids, **GREEDY) for ids in (inputs["input_ids"], inputs["input_ids"].flip(1)))
+    inner = []
+
+    def again(tokens):
+        inner.append(generator.generate(inputs["input_ids"].flip(1), **GREEDY))
+
+    for _ in range(2):
+        assert torch.equal(generator.generate(**inputs, **GREEDY, on_commit=again), want)
+        assert all(torch.equal(output, other) for output in inner)
+    assert len([key for key in generator._memory if key[0] == "session"]) == 1
