@@ -19,6 +19,7 @@ from cllm_kernels import JacobiConfig, JacobiGenerator, backends, enable_jacobi,
 from cllm_kernels.decoding import CACHE_NAME, JacobiCache
 from cllm_kernels.integrations import optimize as module_under_test
 from cllm_kernels.integrations.attention import as_mask, block_attention_enabled
+from cllm_kernels.integrations.generate import _fingerprint
 from cllm_kernels.ops.decoder_layers import DecoderLayers
 
 KNOWN = ("llama", "mistral", "qwen2", "qwen3")
@@ -660,7 +661,7 @@ def changed(output):
 def test_what_was_replaced_of_a_class_runs(name, wraps, monkeypatch):
     model, inputs, options = make_model("llama", seed=2), make_prompts(2), dict(do_sample=False, max_new_tokens=24)
     generator = JacobiGenerator(model, JacobiConfig(6))
-    plain = model.generate(**inputs, **options)
+    plain, fingerprint = model.generate(**inputs, **options), _fingerprint(model)
     assert torch.equal(generator.generate(**inputs, **options), plain)
     if name == "rotary function":
         owner, attribute = modeling_llama, "apply_rotary_pos_emb"
@@ -675,6 +676,7 @@ def test_what_was_replaced_of_a_class_runs(name, wraps, monkeypatch):
         patch.setattr(owner, attribute, functools.wraps(before)(replacement) if wraps else replacement)
         want = model.generate(**inputs, **options)
         assert torch.equal(generator.generate(**inputs, **options), want) and not torch.equal(want, plain)
+        assert name == "rotary function" or _fingerprint(model) != fingerprint  # no graph from before is used
         with optimize(model) as done:
             inside = name in ("MLP", "RMSNorm", "Attention", "DecoderLayer", "Linear", "rotary function")
             assert bool(done.layers) != inside and bool(done.linears) == (name != "Linear")
