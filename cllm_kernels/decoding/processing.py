@@ -161,9 +161,10 @@ def _float32(scores: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         ValueError: the shape is not ``[B, at most V]``.
     """
     rows, columns = like.shape
-    shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else type(scores).__name__
-    if not isinstance(scores, torch.Tensor) or scores.dim() != 2 or len(scores) != rows or not 0 < scores.shape[1] <= columns:
-        raise ValueError(f"the logits processors return {shape}; it must be scores [{rows}, at most {columns}]")
+    shape = tuple(scores.shape) if isinstance(scores, torch.Tensor) else ()
+    if len(shape) != 2 or shape[0] != rows or not 0 < shape[1] <= columns:
+        what = shape or type(scores).__name__
+        raise ValueError(f"the logits processors return {what}; it must be scores [{rows}, at most {columns}]")
     result = scores.to(like)
     if scores.dtype not in (torch.float32, torch.bfloat16, torch.float16):  # rounding makes ties
         best = scores.argmax(-1, keepdim=True)

@@ -57,7 +57,9 @@ def attention_kind(model: PreTrainedModel) -> str:
     """
     if model._can_set_attn_implementation():
         if model.config.model_type in _OWN_MASK:
-            raise NotImplementedError(f"{type(model).__name__} makes its attention mask itself; Jacobi decoding cannot run it")
+            raise NotImplementedError(
+                f"{type(model).__name__} makes its attention mask itself; Jacobi decoding cannot run it"
+            )
         return "block"
     if model.config.model_type in _NATIVE and not getattr(model.config, "alibi", False):
         return "native"
@@ -147,7 +149,10 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 @contextlib.contextmanager
 def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[Swaps]:
-    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it; yields what is swapped."""
+    """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it.
+
+    Yields what is swapped.
+    """
     configs = {id(module.config): module.config for module in submodules(model) if isinstance(module, PreTrainedModel)}
     before = [config._attn_implementation_internal for config in configs.values()]
     try:

@@ -679,7 +679,7 @@ def _has_graphs_of_its_own(model: PreTrainedModel, compiled: Callable | None) ->
 
 
 def _fingerprint(model: PreTrainedModel) -> int:
-    """Of what a captured graph took from the model: where its weights lie, its code, and what adapters and hooks were on."""
+    """Of what a captured graph took from the model: where its weights lie, its code, what adapters and hooks were on."""
     weights = [part.data_ptr() for parameter in model.parameters() for part in _parts(parameter)]
     modules = [
         (id(module), id(type(module).forward), id(module.__dict__.get("forward")))

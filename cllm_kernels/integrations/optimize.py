@@ -162,7 +162,7 @@ def _facts(model: nn.Module, backend: str) -> list:
 
 
 def _replaced(cls: type) -> str | None:
-    """What was replaced of a class as a whole, in words, or None: its forward, or functions that its module gives this."""
+    """What was replaced of a class as a whole, in words, or None: its forward, or functions of its module."""
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     if not _is_of_source(vars(owner)["forward"], owner.__module__, f"{owner.__qualname__}.forward"):
         return f"the forward of {cls.__qualname__} was replaced"

@@ -19,7 +19,7 @@ class Swaps:
 
     def __init__(self, objects: Iterable[tuple[object, str, object]]):
         # __dict__, since setattr of modules looks for parameters and submodules
-        self.entries = [(thing.__dict__, name, value, thing.__dict__.get(name, _MISSING)) for thing, name, value in objects]
+        self.entries = [(x.__dict__, name, value, x.__dict__.get(name, _MISSING)) for x, name, value in objects]
 
     def __enter__(self) -> Swaps:
         for own, name, value, _ in self.entries:
@@ -36,7 +36,7 @@ class Swaps:
 
 @contextlib.contextmanager
 def outside(swaps: list[Swaps]) -> Iterator[None]:
-    """Inside the swaps, and in inference mode: as it was outside of these, without gradients, as generate calls others."""
+    """Inside the swaps and inference mode: as it was outside of both, without gradients, as generate calls others."""
     for swap in reversed(swaps):
         swap.__exit__()
     try:
