@@ -7,18 +7,19 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
-from ..backends import resolve
-from ..decoding import CACHE_NAME, JacobiConfig, Processing, is_stateful
+from ..decoding import JacobiConfig, Processing, is_stateful
 from ..ops import JacobiState
 from ..ops.philox import gumbel, noise_words
-from .attention import block_attention_enabled
+from .attention import submodules
 from .generate import (
+    _DTYPES,
     _causal_lm,
     _check_inputs,
     _check_model,
@@ -29,15 +30,13 @@ from .generate import (
     _row_seeds,
     _without_stop_strings,
     stop_strings_hidden,
-    window_forward,
 )
 
 # Options of a run that say nothing about which tokens are right.
-_IGNORED = (
-    "adaptive", "blocks", "candidates", "cuda_graph", "decoding", "draft", "mode", "on_commit", "output_logits",
-    "output_scores", "record_trajectory", "return_dict_in_generate", "stop_strings", "stopping_criteria", "streamer",
-    "tokenizer",
-)  # fmt: skip
+_IGNORED = {field.name for field in dataclasses.fields(JacobiConfig)} - {"seed"} | {
+    "decoding", "on_commit", "output_logits", "output_scores", "return_dict_in_generate", "stop_strings",
+    "stopping_criteria", "streamer", "tokenizer",
+}  # fmt: skip
 # Positions whose noise is in memory at once, for a vocabulary of 150,000 about 5 MB each.
 _CHUNK = 16
 
@@ -49,11 +48,10 @@ class Mismatch:
     Attributes:
         row, position: where; position counts new tokens from 0.
         token, expected: what stands there, and the argmax.
-        gap: by how much the score of ``expected`` is above that of ``token``; infinite where a processor rules the
-            token out, and for a token behind the end of its row.
-        rounding: how far rounding can move a gap here: twice the largest difference of a score at this position
-            between the forward of the whole output and the same model run in windows and one token at a time.
-        near_tie: whether the gap is within the rounding, or one of the other ways to compute gives this very token.
+        gap: by how much the best score is above that of ``token``, both computed in float64; infinite where a
+            processor rules the token out, and for a token behind the end of its row.
+        rounding: how far rounding moves a gap here (see :func:`verify`), in the units of the scores.
+        near_tie: whether rounding so large can make ``token`` the argmax.
     """
 
     row: int
@@ -66,6 +64,8 @@ class Mismatch:
 
     def __str__(self) -> str:
         kind = "near-tie" if self.near_tie else "wrong"
+        if self.near_tie and self.gap > self.rounding:
+            kind = "near-tie at a cutoff"
         return (
             f"row {self.row}, new token {self.position}: {self.token}, the argmax is {self.expected} "
             f"(gap {self.gap:.3g}, rounding {self.rounding:.3g}: {kind})"
@@ -79,7 +79,7 @@ class Certificate:
     Attributes:
         tokens: new tokens of each row that were checked, EOS included.
         mismatches: by row and position.
-        forwards: of the model; 1 where there was no mismatch.
+        forwards: of the model; 1 where there was no mismatch, else 2.
     """
 
     tokens: tuple[int, ...]
@@ -114,8 +114,6 @@ def verify(
     *,
     seed: int | Sequence[int] | None = None,
     lengths: Sequence[int] | None = None,
-    block_size: int = JacobiConfig.block_size,
-    backend: str = JacobiConfig.backend,
     **kwargs,
 ) -> Certificate:
     """Rescores an output in one forward, with the model's own attention: is every token the argmax of its prefix?
@@ -127,8 +125,22 @@ def verify(
 
     Under ``do_sample=True`` the token must be the argmax of the processed scores plus the noise of the run's ``seed``
     (see :func:`cllm_kernels.ops.converge_`). Each token is judged by the prefix that the output gives it, so that one
-    wrong token does not make the later ones wrong. Where tokens differ, the model runs over the output again, in
-    windows of ``block_size`` and one token at a time, to measure how much rounding there is.
+    wrong token does not make the later ones wrong.
+
+    Where a token differs, rounding may be the reason, or an error. So the model runs over the output once more, every
+    operation in float64, to which rounding is nothing. The difference of these logits and those of the first forward is
+    the rounding error of the model in its dtype at this position, and its range over the vocabulary (largest less
+    smallest) is the most by which rounding has moved a gap between two tokens. Another honest way to compute, one token
+    at a time or in windows, rounds otherwise but no more; it is no more than so far from float64, and prefers another
+    token only where the gap *in float64* is within that. Nothing in this comes from the package's own kernels, so an
+    error of theirs which moves a gap by more is found, and two paths of torch that happen to round alike do no harm.
+    The range, since a single gap's error may be 0 by chance, while those of a vocabulary seldom are; a shift of all
+    logits, which changes no token, does not count. A difference is a near-tie if a change of the float64 logits by no
+    more than this makes the token the argmax: of the token's own logit, or such that a cutoff (top-k, top-p, min-p)
+    lets the token in or leaves out the argmax.
+
+    A mixture of experts jumps where two experts tie. If one way to round picks another expert than the forward and
+    float64 both do, the gap is larger than this measures, and an honest token of half precision is reported as wrong.
 
     A row ends behind its first EOS token, or after as many new tokens as ``lengths`` says, and must be padded from
     there on. Whether it should have gone on (a stopping criterion, a limit) is not checked.
@@ -139,10 +151,12 @@ def verify(
         output: what generate returned: int64 ``[B, P + N]``, or an object that has it as ``sequences``.
         lengths: new tokens of each row; by default those of the output's statistics, if it has them.
         kwargs: those of the run, as given to generate: ``do_sample``, ``temperature``, ``max_new_tokens``,
-            ``logits_processor``, ``eos_token_id``, ``generation_config`` and so on.
+            ``logits_processor``, ``eos_token_id``, ``generation_config`` and so on. Those that
+            change no token, such as ``block_size``, are taken and ignored.
 
     Raises:
-        ValueError, NotImplementedError: the output or an option is not what it must be.
+        ValueError, NotImplementedError: the output or an option is not what it must be. An output without new tokens
+            is refused too: a certificate of nothing would pass.
     """
     causal_lm = _causal_lm(model)
     statistics = getattr(output, "statistics", None)
@@ -162,13 +176,12 @@ def verify(
     if given is not None:
         kwargs["generation_config"] = _without_stop_strings(given)
     elif "max_length" not in kwargs:
-        kwargs.setdefault("max_new_tokens", sequences.shape[1] - input_ids.shape[1])
+        kwargs.setdefault("max_new_tokens", max(1, sequences.shape[1] - input_ids.shape[1]))  # none is refused below
     call = functools.partial(
         _rescore,
         sequences=sequences,
         seed=tuple(seed) if isinstance(seed, list) else seed,
         lengths=lengths,
-        config=JacobiConfig(block_size=block_size, backend=backend),
     )
     with stop_strings_hidden(causal_lm):
         return type(causal_lm).generate(
@@ -186,11 +199,10 @@ def _rescore(
     sequences: torch.Tensor,
     seed: int | tuple[int, ...] | None,
     lengths: Sequence[int] | None,
-    config: JacobiConfig,
     **model_kwargs,
 ) -> Certificate:
     """:func:`verify` as a ``custom_generate`` callable, which gets the processors that the run had."""
-    attention = _check_model(model)
+    _check_model(model)
     _check_options(model, generation_config, logits_processor or [])
     pads = _check_inputs(input_ids, model_kwargs)
     sampling = bool(generation_config.do_sample)
@@ -207,29 +219,23 @@ def _rescore(
 
     state = JacobiState.create(prompt, pads, ends, new.shape[1], seeds=seeds)
     state.window[:, 1:] = new[:, :-1]
-    run = _Run(model, sequences, width, pads)
     judge = functools.partial(_scores, processors=list(logits_processor or []), state=state, sampling=sampling)
-    with torch.inference_mode(), _lock(model), _evaluation_mode(model):
-        logits = run.whole()
-        if bool(logits.isnan().any()):
-            raise ValueError("the model gives NaN logits for this output; they must be numbers")
-        scores = judge(logits)
-        expected = scores.argmax(-1)
-        columns = torch.arange(new.shape[1], device=new.device)
-        wrong = (expected != new) & (columns < ends[:, None])
-        others = []
+    forwards = 1
+    with _lock(model), _evaluation_mode(model):
+        with torch.inference_mode():
+            logits = _logits(model, sequences, width, pads)
+            if bool(logits.isnan().any()):
+                raise ValueError("the model gives NaN logits for this output; they must be numbers")
+            expected = judge(logits).argmax(-1)
+            columns = torch.arange(new.shape[1], device=new.device)
+            wrong = (expected != new) & (columns < ends[:, None])
+        mismatches = []
         if bool(wrong.any()):
-            at = wrong.any(0).nonzero().flatten().tolist()
-            backend = resolve(config.backend, model.device)
-            for others_logits in (run.tokens(at), run.windows(at, attention, config.block_size, backend)):
-                other = logits.clone()  # scores may be the logits themselves
-                other[:, at] = others_logits
-                others.append(judge(other)[:, at].float())
-            at = {position: index for index, position in enumerate(at)}
-        mismatches = [
-            _mismatch(row, position, new, scores[row, position].float(), [other[row, at[position]] for other in others])
-            for row, position in wrong.nonzero().tolist()
-        ]
+            forwards += 1
+            with _in_float64(model):
+                exact = _logits(model, sequences, width, pads)
+            with torch.inference_mode():
+                mismatches = _mismatches(new, expected, wrong, logits, exact, judge)
     pad = generation_config.pad_token_id
     pad = int(eos[0]) if pad is None and len(eos) else int(pad or 0)
     behind = (new != pad) & (columns >= ends[:, None])
@@ -240,15 +246,20 @@ def _rescore(
     return Certificate(
         tokens=tuple(ends.tolist()),
         mismatches=tuple(sorted(mismatches, key=lambda mismatch: (mismatch.row, mismatch.position))),
-        forwards=run.forwards,
+        forwards=forwards,
     )
 
 
 def _check_sequences(model: PreTrainedModel, sequences: torch.Tensor, input_ids: torch.Tensor, room: int) -> None:
     rows, width = input_ids.shape
-    if sequences.shape[0] != rows or sequences.shape[1] <= width:
+    if sequences.shape == input_ids.shape:
         raise ValueError(
-            f"the output has shape {tuple(sequences.shape)}; for this prompt it must be [{rows}, more than {width}]"
+            f"the output has no new tokens, only as many as the prompt ({width}); "
+            "pass what generate returned, prompt included"
+        )
+    if sequences.shape[0] != rows or sequences.shape[1] < width:
+        raise ValueError(
+            f"the output has shape {tuple(sequences.shape)}; for this prompt it must be [{rows}, {width} + new tokens]"
         )
     if not torch.equal(sequences[:, :width].to(input_ids.device), input_ids):
         raise ValueError("the output does not begin with the prompt; pass what generate returned, prompt included")
@@ -285,75 +296,119 @@ def _scores(logits: torch.Tensor, processors: list, state: JacobiState, sampling
     return scores
 
 
-def _mismatch(row: int, position: int, new: torch.Tensor, score: torch.Tensor, others: list[torch.Tensor]) -> Mismatch:
-    token, expected = int(new[row, position]), int(score.argmax())
-    gap = float(score[expected] - score[token])
-    # Two scores make a gap, and each may be off by the difference.
-    rounding = 2 * max(float((score - other)[score.isfinite() & other.isfinite()].abs().max()) for other in others)
-    near_tie = gap <= rounding or any(int(other.argmax()) == token for other in others)
-    return Mismatch(row, position, token, expected, gap, rounding, near_tie)
+def _mismatches(
+    new: torch.Tensor,
+    expected: torch.Tensor,
+    wrong: torch.Tensor,
+    logits: torch.Tensor,
+    exact: torch.Tensor,
+    judge: Callable[[torch.Tensor], torch.Tensor],
+) -> list[Mismatch]:
+    """What differs, and whether rounding explains it: see :func:`verify`.
+
+    new, expected: int64 ``[B, N]``; wrong: bool ``[B, N]``, where they differ and count; logits, exact: ``[B, N, V]``,
+    in the model's dtype and in float64; judge: makes scores ``[B, N, V]`` of logits.
+    """
+    at = wrong.any(0).nonzero().flatten()
+    base, new_at = exact.float(), new[:, at]
+    exact, error = exact[:, at], logits[:, at].double() - exact[:, at]
+
+    def judged(values: torch.Tensor) -> torch.Tensor:
+        base[:, at] = values.float()
+        return judge(base)[:, at]
+
+    def pick(values: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return values.gather(-1, tokens[..., None])
+
+    def raised(tokens: torch.Tensor) -> torch.Tensor:
+        return exact.scatter_add(-1, tokens[..., None], moved)
+
+    finite = error.isfinite()
+    moved = error.masked_fill(~finite, -math.inf).amax(-1, True) - error.masked_fill(~finite, math.inf).amin(-1, True)
+    scores = judged(exact)
+    best = scores.argmax(-1)
+    gaps = (pick(scores, best) - pick(scores, new_at))[..., 0]
+    # In the units of scores, as a temperature or a penalty scales the logit.
+    rounding = (pick(judged(raised(best)), best) - pick(scores, best))[..., 0]
+    own, theirs = pick(exact, new_at), pick(exact, best)
+    near_tie = torch.zeros_like(gaps, dtype=torch.bool)
+    for changed in (
+        # The token alone: it passes its rivals, and cutoffs that count tokens or compare with the largest.
+        raised(new_at),
+        # And all that stand below it, so that those above have less of the probability: for cutoffs by mass.
+        torch.where(exact > own, torch.maximum(exact, own + moved), exact + moved),
+        # All that may stand above the argmax, for a cutoff to leave that out.
+        torch.where((exact > theirs - moved) & (exact != theirs), exact + moved, exact),
+    ):
+        changed = judged(changed)
+        near_tie |= (pick(changed, new_at) >= changed.amax(-1, True))[..., 0]
+    at = {position: index for index, position in enumerate(at.tolist())}
+    return [
+        Mismatch(
+            row,
+            position,
+            token=int(new[row, position]),
+            expected=int(expected[row, position]),
+            gap=float(gaps[row, at[position]]),
+            rounding=float(rounding[row, at[position]]),
+            near_tie=bool(near_tie[row, at[position]]),
+        )
+        for row, position in wrong.nonzero().tolist()
+    ]
 
 
-class _Run:
-    """Three ways to run a model over the same output; each gives the logits that its new tokens come from.
+def _logits(model: PreTrainedModel, sequences: torch.Tensor, width: int, pads: torch.Tensor) -> torch.Tensor:
+    """What the new tokens come from, in one forward with the model's own attention: ``[B, N, V]``.
 
-    Attributes:
-        forwards: of the model so far.
+    sequences: int64 ``[B, P + N]``; width: P; pads: of each row, ``[B]``.
+    """
+    columns = torch.arange(sequences.shape[1] - 1, device=sequences.device)
+    keep = sequences.shape[1] - width
+    return model(
+        input_ids=sequences[:, :-1],
+        attention_mask=(columns >= pads[:, None]).long(),
+        position_ids=(columns - pads[:, None]).clamp_(min=0),
+        use_cache=False,
+        **({"logits_to_keep": keep} if model._supports_logits_to_keep() else {}),
+    ).logits[:, -keep:]
+
+
+class _Float64(TorchDispatchMode):
+    """Gives every operation of torch its floating-point tensors in float64, and makes it return that.
+
+    So the model itself computes in float64, with one weight at a time in memory as that; what it says of dtypes
+    (norms and softmax in float32, results in its own dtype again) becomes float64 too.
     """
 
-    def __init__(self, model: PreTrainedModel, sequences: torch.Tensor, width: int, pads: torch.Tensor):
-        self.model = model
-        self.sequences = sequences
-        self.width = width
-        self.pads = pads
-        self.forwards = 0
-        self.keeps = model._supports_logits_to_keep()
-        columns = torch.arange(sequences.shape[1], device=sequences.device)
-        self.mask = (columns >= pads[:, None]).long()
-        self.positions = (columns - pads[:, None]).clamp_(min=0)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*tree_map(self._widen, args), **tree_map(self._widen, kwargs or {}))
 
-    def _forward(self, first: int, last: int, keep: int, cache: DynamicCache | None) -> torch.Tensor:
-        """Logits of the last columns of ``[first, last)``."""
-        self.forwards += 1
-        options = {"logits_to_keep": keep} if self.keeps else {}
-        return self.model(
-            input_ids=self.sequences[:, first:last],
-            attention_mask=self.mask[:, :last],
-            position_ids=self.positions[:, first:last],
-            use_cache=cache is not None,
-            **{CACHE_NAME: cache},
-            **options,
-        ).logits[:, -keep:]
+    @staticmethod
+    def _widen(value):
+        if isinstance(value, torch.Tensor):
+            return value.double() if value.dtype in _DTYPES else value
+        return torch.float64 if isinstance(value, torch.dtype) and value in _DTYPES else value
 
-    def whole(self) -> torch.Tensor:
-        """One forward: ``[B, N, V]``."""
-        columns = self.sequences.shape[1]
-        return self._forward(0, columns - 1, columns - self.width, None)
 
-    def tokens(self, at: list[int]) -> torch.Tensor:
-        """One token at a time, from the first of the positions to the last: ``[B, len(at), V]``."""
-        cache = DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        first = self.width - 1 + at[0]
-        if first:
-            self._forward(0, first, 1, cache)
-        logits = [self._forward(first + i, first + i + 1, 1, cache) for i in range(at[-1] - at[0] + 1)]
-        return torch.cat([logits[position - at[0]] for position in at], 1)
-
-    def windows(self, at: list[int], attention: str, size: int, backend: str) -> torch.Tensor:
-        """In windows, as Jacobi decoding runs: ``[B, len(at), V]``."""
-        start = self.width - 1
-        count = at[-1] // size + 1
-        columns = start + torch.arange(count * size, device=self.sequences.device)
-        inside = columns.clamp(max=self.sequences.shape[1] - 1)  # the last window may reach beyond the output
-        bounds = torch.stack((torch.zeros_like(self.pads), self.pads))
-        forward, _ = window_forward(self.model, attention, bounds, start + count * size, backend)
-        logits = []
-        with block_attention_enabled(self.model, backend) if attention == "block" else contextlib.nullcontext():
-            for window in range(count):
-                chosen = inside[window * size : (window + 1) * size]
-                if window == 0:
-                    chosen = torch.cat((torch.arange(start, device=chosen.device), chosen))
-                logits.append(forward(self.sequences[:, chosen], self.positions[:, chosen], size))
-                bounds[0] = start + (window + 1) * size
-                self.forwards += 1
-        return torch.cat(logits, 1)[:, at]
+@contextlib.contextmanager
+def _in_float64(model: PreTrainedModel) -> Iterator[None]:
+    """A model computes in float64 inside the context, without gradients, and is as it was behind it."""
+    modules = list(submodules(model))
+    buffers = [(module, dict(module._buffers)) for module in modules]  # some rotary embeddings set theirs in a forward
+    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}.values()
+    # What has no float64: flash attention, and experts by grouped matrix products.
+    names = {"_attn_implementation_internal": ("eager", "sdpa"), "_experts_implementation_internal": ("eager", None)}
+    kept = [(config, name, getattr(config, name, None)) for config in configs for name in names]
+    try:
+        for config, name, value in kept:
+            if value not in names[name]:
+                setattr(config, name, names[name][0])
+        # Not inference mode, whose tensors have no version for views that experts make.
+        with torch.no_grad(), _Float64():
+            yield
+    finally:
+        for config, name, value in kept:
+            if hasattr(config, name):
+                setattr(config, name, value)
+        for module, values in buffers:
+            module._buffers.update(values)

@@ -111,7 +111,7 @@ def test_verify_ids():
     assert result.exit_code == 0 and f"exact: {len(ids)} tokens" in result.output, result.output
     result = run("verify", *common, "--ids", ",".join(map(str, [*ids[:3], ids[3] + 1, *ids[4:]])))
     assert result.exit_code == 1 and "NOT lossless" in result.output and f"the argmax is {ids[3]}" in result.output
-    for bad, message in (("", "more than"), ("5 x", "invalid literal"), ("999999", "token 999999")):
+    for bad, message in (("", "no new tokens"), ("5 x", "invalid literal"), ("999999", "token 999999")):
         result = run("verify", *common, "--ids", bad)
         assert result.exit_code == 1 and message in result.output, result.output
 

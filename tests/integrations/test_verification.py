@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 
 import pytest
 import torch
-from families import make_family
+from families import EXACT, make_family
 from helpers import EOS, PAD, VOCABULARY, make_model, make_prompts
 from test_processing import Counting
 from test_processing import OPTIONS as PROCESSORS
 from test_sampling import WARPERS
+from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, verify
+from cllm_kernels.integrations import attention as attention_module
+from cllm_kernels.integrations import verification
 
 MODEL = make_model("llama", seed=4)
 NEW = 24
@@ -185,8 +189,10 @@ BAD = {
     "list": (lambda x: [1, 2], {}, "output is list"),
     "dtype": (lambda x: x.float(), {}, "output is torch.float32"),
     "rank": (lambda x: x[0], {}, "int64 tensor"),
-    "rows": (lambda x: x[:1], {}, r"must be \[2, more than 12\]"),
-    "prompt alone": (lambda x: x[:, :12], {"max_new_tokens": 3}, "more than 12"),
+    "rows": (lambda x: x[:1], {}, r"must be \[2, 12 \+ new tokens\]"),
+    "shorter than the prompt": (lambda x: x[:, :5], {}, r"must be \[2, 12 \+ new tokens\]"),
+    "prompt alone": (lambda x: x[:, :12], {"max_new_tokens": 3}, "no new tokens"),
+    "prompt alone, no limit": (lambda x: x[:, :12], {}, "no new tokens"),
     "another prompt": (lambda x: x.roll(1, 0), {}, "does not begin with the prompt"),
     "vocabulary": (lambda x: x.index_fill(1, torch.tensor([15]), 97), {}, "token 97"),
     "negative": (lambda x: x.index_fill(1, torch.tensor([15]), -3), {}, "token -3"),
@@ -208,18 +214,124 @@ def test_bad_input(case):
 
 
 def test_mismatches_name_what_the_whole_forward_gives():
-    """And not what one of the other ways to run the model gives, whose logits are looked at after that."""
+    """As the argmax; the gap is that of float64."""
     model = make_model("llama", seed=4, dtype=torch.bfloat16)
-    inputs = make_prompts(2)
+    inputs = make_prompts(1)
     output, options = decode(model, inputs, eos_token_id=None)
-    wrong = planted(output, 1, 5)
+    wrong = planted(output, 0, 5)
     certificate = verify(model, **inputs, output=wrong, max_new_tokens=NEW, **options)
+    mask = torch.cat((inputs["attention_mask"], torch.ones(1, NEW, dtype=torch.int64)), 1)[:, :-1]
+    forward = dict(input_ids=wrong[:, :-1], attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     with torch.no_grad():
-        mask = torch.cat((inputs["attention_mask"], torch.ones(2, NEW, dtype=torch.int64)), 1)[:, :-1]
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=wrong[:, :-1], attention_mask=mask, position_ids=positions).logits[:, 11:].float()
+        logits = model(**forward).logits[:, 11:].double()
+        exact = copy.deepcopy(model).double()(**forward).logits[:, 11:]
     assert certificate.mismatches
     for mismatch in certificate.mismatches:
-        scores = logits[mismatch.row, mismatch.position]
-        assert mismatch.expected == int(scores.argmax()) != mismatch.token
-        assert mismatch.gap == pytest.approx(float(scores.max() - scores[mismatch.token]))
+        at = mismatch.row, mismatch.position
+        assert mismatch.expected == int(logits[at].argmax()) != mismatch.token
+        assert mismatch.gap == pytest.approx(float(exact[at].max() - exact[at][mismatch.token]), rel=1e-4)
+        error = logits[at] - exact[at]
+        assert mismatch.rounding == pytest.approx(float(error.max() - error.min()), rel=1e-2)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_every_family_computes_in_float64(name):
+    """As a copy in float64 does (but for what models compute in float32 whatever their dtype), and is as it was after it."""
+    model = make_family(name).bfloat16()
+    inputs = make_prompts(1)
+    before = {name: (buffer.dtype, buffer.data_ptr()) for name, buffer in model.named_buffers()}
+    implementations = (model.config._attn_implementation, model.config._experts_implementation)
+    with verification._in_float64(model):
+        exact = model(**inputs).logits
+    assert exact.dtype == torch.float64
+    assert implementations == (model.config._attn_implementation, model.config._experts_implementation)
+    assert before == {name: (buffer.dtype, buffer.data_ptr()) for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        model.set_experts_implementation("eager")
+        wide = copy.deepcopy(model).double()(**inputs).logits
+    assert float((exact - wide).abs().max()) < 1e-4
+
+
+def corrupt(kind):
+    """The window's attention with an error that a kernel may have."""
+    attention = attention_module._attention
+
+    def wrong(backend, module, query, key, value, attention_mask=None, scaling=None, **options):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if kind == "scale":
+            scaling *= 1.5
+        else:  # the newest key of the cache is not seen
+            lengths = attention_module.from_mask(attention_mask)[0]
+            key = key.clone()
+            for row, length in enumerate(lengths.tolist()):
+                key[row, :, max(0, length - 1)] = -100 * query[row].mean((0, 1))
+        return attention(backend, module, query, key, value, attention_mask, scaling=scaling, **options)
+
+    return wrong
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["scale", "key"])
+def test_an_error_of_the_packages_attention_is_found(kind, dtype, monkeypatch):
+    """It gives the same wrong tokens again when verify runs; they are no near-ties for that."""
+    model = make_family("Llama").to(dtype)
+    inputs = make_prompts(2)
+    options = dict(do_sample=False, eos_token_id=None, max_new_tokens=NEW)
+    right = JacobiGenerator(model).generate(**inputs, **options)
+    monkeypatch.setattr(attention_module, "_attention", corrupt(kind))
+    output = JacobiGenerator(model).generate(**inputs, **options, optimize=False)
+    assert not torch.equal(output, right), "the error changes nothing: this test shows little"
+    assert verify(model, **inputs, output=right, **options).lossless
+    certificate = verify(model, **inputs, output=output, **options)
+    assert not certificate.lossless
+    assert all(mismatch.gap > mismatch.rounding for mismatch in certificate.mismatches if not mismatch.near_tie)
+
+
+# Warper, probabilities of which it keeps some, token, and whether its way over or under the cutoff is within rounding.
+CUTOFFS = {
+    "top-k, ruled out": (TopKLogitsWarper(2), (0.5, 0.20, 0.19, 0.11), 2, True),
+    "top-k, far out": (TopKLogitsWarper(2), (0.5, 0.22, 0.17, 0.11), 2, False),
+    "top-k, let in": (TopKLogitsWarper(2), (0.5, 0.20, 0.19, 0.11), 0, True),
+    "top-k, far in": (TopKLogitsWarper(2), (0.5, 0.22, 0.17, 0.11), 0, False),
+    "top-p, ruled out": (TopPLogitsWarper(0.7), (0.705, 0.2, 0.05, 0.045), 1, True),
+    "top-p, far out": (TopPLogitsWarper(0.7), (0.8, 0.1, 0.05, 0.05), 1, False),
+    "top-p, let in": (TopPLogitsWarper(0.7), (0.695, 0.2, 0.06, 0.045), 0, True),
+    "top-p, far in": (TopPLogitsWarper(0.7), (0.5, 0.4, 0.06, 0.04), 0, False),
+    "min-p, ruled out": (MinPLogitsWarper(0.3), (0.6, 0.175, 0.125, 0.1), 1, True),
+    "min-p, far out": (MinPLogitsWarper(0.3), (0.6, 0.15, 0.13, 0.12), 1, False),
+    "min-p, let in": (MinPLogitsWarper(0.3), (0.6, 0.185, 0.115, 0.1), 0, True),
+    "min-p, far in": (MinPLogitsWarper(0.3), (0.6, 0.3, 0.05, 0.05), 0, False),
+}
+
+
+@pytest.mark.parametrize("case", CUTOFFS)
+def test_at_a_cutoff_rounding_decides_too(case):
+    """Noise favours a token, so that it stands in the output although ruled out, or is let in and does not stand there: a
+    near-tie if rounding can put it to the other side of the cutoff."""
+    warper, probabilities, token, near_tie = CUTOFFS[case]
+    exact = torch.tensor(probabilities, dtype=torch.float64).log()[None, None]
+    logits = exact + torch.tensor([0.0, 0.06, -0.04, 0.0])  # a range of 0.1
+    noise = 5 * (torch.arange(4) == (token or 1))
+
+    def judge(values):
+        return warper(None, values[0].float())[None] + noise
+
+    new, expected = torch.tensor([[token]]), judge(exact).argmax(-1)
+    (found,) = verification._mismatches(new, expected, new != expected, logits, exact, judge)
+    assert (found.token, found.expected) == (token, int(expected)) and found.rounding == pytest.approx(0.1, abs=1e-5)
+    assert found.gap > found.rounding and found.near_tie == near_tie
+    assert ("near-tie at a cutoff" if near_tie else "wrong") in str(found)
+
+
+@pytest.mark.parametrize("options", [{"top_k": 3}, {"top_k": 0, "top_p": 0.5}, {"top_k": 0, "min_p": 0.3}])
+def test_half_precision_at_cutoffs(options):
+    model = make_family("Llama").bfloat16()
+    options = dict(do_sample=True, eos_token_id=None) | options
+    found = 0
+    for seed in range(16):
+        inputs = make_prompts(4, seed=seed)
+        output, _ = decode(model, inputs, seed=seed, **options)
+        certificate = verify(model, **inputs, output=output, seed=seed, **options)
+        assert certificate.lossless, certificate
+        found += sum(mismatch.gap > mismatch.rounding for mismatch in certificate.mismatches)
+    assert found, "nothing at a cutoff: this test shows little"
