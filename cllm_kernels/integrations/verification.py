@@ -131,8 +131,8 @@ def verify(
     operation in float64, to which rounding is nothing. The difference of these logits and those of the first forward is
     the rounding error of the model in its dtype at this position, and its range over the vocabulary (largest less
     smallest) is the most by which rounding has moved a gap between two tokens. Another honest way to compute, one token
-    at a time or in windows, rounds otherwise but no more; it is no more than so far from float64, and prefers another
-    token only where the gap *in float64* is within that. Nothing in this comes from the package's own kernels, so an
+    at a time or in windows, rounds otherwise but about as much, and by so little that it prefers another token only
+    where the gap *in float64* is within that. Nothing in this comes from the package's own kernels, so an
     error of theirs which moves a gap by more is found, and two paths of torch that happen to round alike do no harm.
     The range, since a single gap's error may be 0 by chance, while those of a vocabulary seldom are; a shift of all
     logits, which changes no token, does not count. A difference is a near-tie if a change of the float64 logits by no

@@ -236,7 +236,7 @@ def test_mismatches_name_what_the_whole_forward_gives():
 
 @pytest.mark.parametrize("name", EXACT)
 def test_every_family_computes_in_float64(name):
-    """As a copy in float64 does (but for what models compute in float32 whatever their dtype), and is as it was after it."""
+    """As a copy in float64 does (but for what models compute in float32 in any dtype), and is as it was after it."""
     model = make_family(name).bfloat16()
     inputs = make_prompts(1)
     before = {name: (buffer.dtype, buffer.data_ptr()) for name, buffer in model.named_buffers()}
@@ -306,8 +306,8 @@ CUTOFFS = {
 
 @pytest.mark.parametrize("case", CUTOFFS)
 def test_at_a_cutoff_rounding_decides_too(case):
-    """Noise favours a token, so that it stands in the output although ruled out, or is let in and does not stand there: a
-    near-tie if rounding can put it to the other side of the cutoff."""
+    """Noise favours a token, so that it stands in the output although ruled out, or is let in and does not stand there.
+    It is a near-tie if rounding can put it to the other side of the cutoff."""
     warper, probabilities, token, near_tie = CUTOFFS[case]
     exact = torch.tensor(probabilities, dtype=torch.float64).log()[None, None]
     logits = exact + torch.tensor([0.0, 0.06, -0.04, 0.0])  # a range of 0.1
