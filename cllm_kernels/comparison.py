@@ -15,10 +15,10 @@ from typing import TypeVar
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .decoding import JacobiConfig, JacobiStatistics
-from .integrations.generate import JacobiGenerator
+from .integrations.generate import JacobiGenerator, check_lengths
 from .spider import exact_match, is_degenerate, prompt_for
 
 
@@ -84,10 +84,8 @@ def compare(
         _Method("jacobi_window", block_size, jacobi("window")),
         _Method("jacobi_block", block_size, jacobi("block")),
     ]
-    encoded = [
-        dict(tokenizer(prompt_for(row), return_tensors="pt", return_token_type_ids=False).to(model.device))
-        for row in questions
-    ]
+    prompts = [[prompt_for(row)] for row in questions]
+    encoded = encode(model, tokenizer, prompts, max_new_tokens, [JacobiConfig(block_size=block_size)])
     turns = take_turns([method.run for method in methods], encoded, rounds, model.device, progress)
     for method, own in zip(methods, turns, strict=True):
         method.seconds = [statistics.median(seconds for seconds, _ in prompt) for prompt in own]
@@ -148,10 +146,63 @@ def _wait(device: torch.device) -> None:
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype | str = torch.float32, device: str = "cpu"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal LM and its tokenizer; in fp32, Jacobi and AR decoding give the same tokens without exception."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), AutoTokenizer.from_pretrained(path)
+    """A causal LM and its tokenizer; in fp32, Jacobi and AR decoding give the same tokens without exception.
+
+    Raises:
+        ValueError: they cannot be loaded; the message says why.
+    """
+    with _names(path):
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device), tokenizer
+
+
+def check_models(paths: Iterable[str | Path]) -> None:
+    """Raises ValueError where the configuration or the tokenizer of a model cannot be loaded. Weights are not, so that
+    it can be known at once of models which take their turns."""
+    for path in paths:
+        with _names(path):
+            AutoConfig.from_pretrained(path)
+            AutoTokenizer.from_pretrained(path)
+
+
+@contextlib.contextmanager
+def _names(path: str | Path) -> Iterator[None]:
+    """Says which model could not be loaded. Files that are broken make transformers and what it calls raise anything:
+    KeyError, TypeError, errors of safetensors, pickle and huggingface_hub."""
+    try:
+        yield
+    except Exception as error:
+        where = path if Path(path).exists() else f"{path} (there is no such folder)"
+        raise ValueError(f"no model can be loaded from {where}: {type(error).__name__}: {error}") from error
+
+
+def encode(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Iterable[list[str]],
+    max_new_tokens: int,
+    configs: Iterable[JacobiConfig],
+) -> list[dict[str, torch.Tensor]]:
+    """What ``generate`` takes for batches of prompts: ids and mask ``[B, P]``, padded on the left.
+
+    Raises:
+        ValueError: a prompt has no tokens, or more than the model has positions for, with the new tokens behind it.
+        NotImplementedError: Jacobi decoding does not know these positions.
+    """
+    encoded = []
+    for texts in batches:
+        inputs = tokenizer(
+            texts, return_tensors="pt", padding=len(texts) > 1, padding_side="left", return_token_type_ids=False
+        )
+        lengths = inputs["attention_mask"].sum(1).tolist()
+        if not all(lengths):
+            raise ValueError(f"the prompt {texts[lengths.index(0)]!r} has no tokens")
+        for config in configs:
+            check_lengths(model, max(lengths), max_new_tokens, config)
+        encoded.append(dict(inputs.to(model.device)))
+    return encoded
 
 
 def compare_models(
@@ -163,6 +214,7 @@ def compare_models(
     progress: Callable[[Iterable, str], Iterable] = lambda items, name: items,
 ) -> list[dict]:
     """The rows of :func:`compare` for each checkpoint of ``models`` (name to path), in fp32."""
+    check_models(models.values())
     rows = []
     for name, path in models.items():
         model, tokenizer = load_model(path)

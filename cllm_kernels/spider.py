@@ -71,31 +71,51 @@ def is_degenerate(tokens: list[int], ngram: int = 4, repeats: int = 4) -> bool:
     return False
 
 
+def read_jsonl(path: str | Path, texts: tuple[str, ...] = ()) -> dict[int, dict]:
+    """The rows of a JSONL file by the numbers of their lines; blank lines are left out.
+
+    Args:
+        texts: keys that every line must have a text under.
+
+    Raises:
+        OSError: the file cannot be read, such as where there is none.
+        ValueError: the file is empty, or a line is not UTF-8, no JSON object or lacks a text; it is named.
+    """
+    rows = {}
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode())
+                json.dumps(row, ensure_ascii=False).encode()  # escapes may name halves of characters, which are no text
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: no JSON object, which each line must be")
+            missing = [key for key in texts if not isinstance(row.get(key), str)]
+            if missing:
+                raise ValueError(f"{path}:{number}: no text under {', '.join(missing)}; each line needs {', '.join(texts)}")
+            rows[number] = row
+    if not rows:
+        raise ValueError(f"{path}: no rows in this file")
+    return rows
+
+
 def read_questions(path: str | Path) -> list[dict]:
     """Reads a JSONL file of questions.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line is not a JSON object with ``db_id``, ``question`` and ``query``, or has examples that are no
-            pairs; it is named.
+        ValueError: a line is not a JSON object with ``db_id``, ``question`` and ``query``, or its schema is no text or
+            its examples are no pairs; it is named.
     """
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error})") from None
-            missing = [key for key in ("db_id", "question", "query") if not isinstance(row.get(key), str)]
-            if missing:
-                raise ValueError(f"{path}:{number}: no text under {', '.join(missing)}; each line needs db_id, question and query")
-            examples = row.get("examples", [])
-            pairs = isinstance(examples, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in examples)
-            if not pairs or not all(isinstance(text, str) for pair in examples for text in pair):
-                raise ValueError(f"{path}:{number}: examples must be a list of pairs [question, query]")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: no questions in this file")
-    return rows
+    rows = read_jsonl(path, ("db_id", "question", "query"))
+    for number, row in rows.items():
+        examples = row.get("examples", [])
+        pairs = isinstance(examples, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in examples)
+        if not pairs or not all(isinstance(text, str) for pair in examples for text in pair):
+            raise ValueError(f"{path}:{number}: examples must be a list of pairs [question, query]")
+        if not isinstance(row.get("schema", ""), str):
+            raise ValueError(f"{path}:{number}: the schema must be a text")
+    return list(rows.values())

@@ -12,39 +12,49 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from .. import JacobiConfig, JacobiGenerator, __version__, backends
 from .. import verify as _verify
+from ..comparison import load_model
 from . import bench as _bench
 from . import demo as _demo
+from .commands import DTYPES, Commands, apart, available_device, one_of, output_file, utf8
 
-app = typer.Typer(help="Jacobi decoding for Consistency LLMs.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    cls=Commands, help="Jacobi decoding for Consistency LLMs.", no_args_is_help=True, add_completion=False
+)
 console = Console()
 
 BlockSize = Annotated[int, typer.Option(min=2, help="Window width n.")]
+Device = Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.", callback=available_device)]
+Dtype = Annotated[
+    str,
+    typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.", callback=one_of("auto", *DTYPES)),
+]
 
 
 @app.command()
 def demo(
     models: Annotated[Path, typer.Option(help="Folder with spider-target and spider-cllm.")] = Path("models"),
-    prompts: Annotated[Path | None, typer.Option(help="Other questions: JSONL with db_id, question, query.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Other questions: JSONL with db_id, question, query.", exists=True, dir_okay=False),
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="How many questions; all if not given.")] = None,
     block_size: BlockSize = 16,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each prompt; their median counts.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the table.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the table's rows here.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the table's rows here.", callback=output_file)
+    ] = None,
 ) -> None:
     """Answers text-to-SQL questions with the bundled models, AR beside Jacobi, and compares their speed."""
+    apart(json_path, prompts)
     if threads:
         torch.set_num_threads(threads)
-    try:
-        rows = _demo.run(console, models, prompts, limit, block_size, rounds, quiet)
-    except (FileNotFoundError, ValueError, NotImplementedError) as error:
-        _fail(error)
+    rows = _demo.run(console, models, prompts, limit, block_size, rounds, quiet)
     if json_path:
         json_path.write_text(json.dumps(rows, indent=1) + "\n")
 
@@ -52,7 +62,7 @@ def demo(
 @app.command()
 def generate(
     model: Annotated[str, typer.Option(help="Local checkpoint or hub name of a causal LM.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.", callback=utf8)],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     block_size: BlockSize = 16,
     mode: Annotated[str, typer.Option(help="window or block.")] = "window",
@@ -60,26 +70,22 @@ def generate(
     candidates: Annotated[int, typer.Option(min=1, help="Windows looked at in one forward.")] = 1,
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the window's width in flight.")] = 1,
     backend: Annotated[str, typer.Option(help="auto, or a name that `cllm doctor` lists.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
 ) -> None:
     """Continues a prompt by greedy Jacobi decoding; text goes to stdout, statistics to stderr."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-        config = JacobiConfig(
-            block_size=block_size, mode=mode, draft=draft, candidates=candidates, blocks=blocks, backend=backend
-        )
-        generator = JacobiGenerator(loaded, config)
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-        generator.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-        )
-    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        _fail(error)
+    config = JacobiConfig(
+        block_size=block_size, mode=mode, draft=draft, candidates=candidates, blocks=blocks, backend=backend
+    )
+    loaded, tokenizer = load_model(model, dtype, device)
+    generator = JacobiGenerator(loaded, config)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    generator.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
     run = generator.statistics
     chosen = f", windows chosen {' '.join(map(str, run.chosen))}" if run.chosen else ""
     Console(stderr=True).print(
@@ -91,7 +97,7 @@ def generate(
 @app.command()
 def verify(
     model: Annotated[str, typer.Option(help="Local checkpoint or hub name of a causal LM.")],
-    prompt: Annotated[str, typer.Option(help="Text that was continued.")],
+    prompt: Annotated[str, typer.Option(help="Text that was continued.", callback=utf8)],
     ids: Annotated[str | None, typer.Option(help="New token ids, by spaces or commas; else decoded here.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Of the run; 128, or as many as ids.")] = None,
     block_size: BlockSize = 16,
@@ -100,27 +106,26 @@ def verify(
     top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of sampled tokens.")] = 0,
     backend: Annotated[str, typer.Option(help="auto, or a name that `cllm doctor` lists.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, or auto for the checkpoint's.")] = "auto",
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the certificate here.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the certificate here.", callback=output_file)
+    ] = None,
 ) -> None:
     """Checks token by token that an output is what the model gives; exits with 1 where it is not."""
     sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed) if temperature else {}
     options = {"do_sample": False, "block_size": block_size, "backend": backend} | sampling
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
-        if ids is None:
-            options["max_new_tokens"] = max_new_tokens or 128
-            output = JacobiGenerator(loaded).generate(**inputs, **options)
-        else:
-            new = torch.tensor([[int(token) for token in ids.replace(",", " ").split()]], device=device)
-            options["max_new_tokens"] = max_new_tokens or max(1, new.shape[1])
-            output = torch.cat((inputs["input_ids"], new.long()), dim=1)
-        certificate = _verify(loaded, **inputs, output=output, **options)
-    except (OSError, ValueError, NotImplementedError, RuntimeError) as error:
-        _fail(error)
+    new_ids = None if ids is None else _token_ids(ids)
+    loaded, tokenizer = load_model(model, dtype, device)
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    if new_ids is None:
+        options["max_new_tokens"] = max_new_tokens or 128
+        output = JacobiGenerator(loaded).generate(**inputs, **options)
+    else:
+        new = torch.tensor([new_ids], dtype=torch.int64, device=device)
+        options["max_new_tokens"] = max_new_tokens or max(1, new.shape[1])
+        output = torch.cat((inputs["input_ids"], new), dim=1)
+    certificate = _verify(loaded, **inputs, output=output, **options)
     if json_path:
         rows = dataclasses.asdict(certificate)
         summary = dict(exact=certificate.exact, lossless=certificate.lossless, near_ties=certificate.near_ties)
@@ -135,7 +140,11 @@ def bench(
     model: Annotated[
         list[str] | None, typer.Option(help="NAME=CHECKPOINT, may be repeated; the bundled models if not given.")
     ] = None,
-    workload: Annotated[str, typer.Option(help="spider, gsm8k or humaneval; the last two as text only.")] = "spider",
+    workload: Annotated[
+        str, typer.Option(
+            help="spider, gsm8k or humaneval; the last two as text only.", callback=one_of("spider", "gsm8k", "humaneval")
+        )
+    ] = "spider",
     data: Annotated[Path, typer.Option(help="Folder with gsm8k and humaneval.")] = Path("../shared/data"),
     prompts: Annotated[int, typer.Option(min=1, help="How many prompts.")] = 16,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch size, may be repeated; 1 if not given.")] = None,
@@ -149,27 +158,26 @@ def bench(
     max_batch_size: Annotated[
         int | None, typer.Option(min=1, help="Decode larger batches by so many rows at once, too.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to run, such as cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Device = "cpu",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16 or float16.", callback=one_of(*DTYPES))
+    ] = "float32",
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; torch's default if not given.")] = None,
-    json_path: Annotated[Path | None, typer.Option("--json", help="Write the rows here.")] = None,
+    json_path: Annotated[
+        Path | None, typer.Option("--json", help="Write the rows here.", callback=output_file)
+    ] = None,
 ) -> None:
     """Measures decoding end to end: Jacobi's modes and drafts beside AR, compiled AR, prompt lookup and assistants."""
     if threads:
         torch.set_num_threads(threads)
-    if workload not in ("spider", "gsm8k", "humaneval"):
-        _fail(ValueError(f"workload is {workload!r}; allowed are spider, gsm8k and humaneval"))
-    if dtype not in ("float32", "bfloat16", "float16"):
-        _fail(ValueError(f"dtype is {dtype!r}; allowed are float32, bfloat16 and float16"))
-    chosen = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in model or ())
-    chosen = chosen or {name: f"models/spider-{name}" for name in ("target", "cllm")}
-    try:
-        rows = _bench.run(
-            chosen, workload, data, prompts, batch or [1], block_size or [16], max_new_tokens, rounds, draft_model,
-            compiled, max_batch_size, device, getattr(torch, dtype), console,
-        )  # fmt: skip
-    except (OSError, ValueError, NotImplementedError) as error:
-        _fail(error)
+    named = [entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in model or ()]
+    chosen = dict(named) or {name: f"models/spider-{name}" for name in ("target", "cllm")}
+    if len(chosen) < len(named):
+        raise ValueError(f"two models of {', '.join(model)} have one name; name them NAME=CHECKPOINT")
+    rows = _bench.run(
+        chosen, workload, data, prompts, batch or [1], block_size or [16], max_new_tokens, rounds, draft_model,
+        compiled, max_batch_size, device, dtype, console,
+    )  # fmt: skip
     Console(width=max(console.width, 140)).print(_bench.table(rows))
     if json_path:
         json_path.write_text(json.dumps(rows, indent=1) + "\n")
@@ -199,9 +207,12 @@ def doctor() -> None:
     console.print(table)
 
 
-def _fail(error: Exception) -> None:
-    Console(stderr=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-    raise typer.Exit(1)
+def _token_ids(text: str) -> list[int]:
+    words = text.replace(",", " ").split()
+    wrong = [word for word in words if not word.isdecimal() or int(word) >= 2**31]
+    if wrong:
+        raise ValueError(f"--ids holds {wrong[0]!r}; it must hold token ids, by spaces or commas")
+    return list(map(int, words))
 
 
 def main() -> None:

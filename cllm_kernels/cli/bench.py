@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -19,11 +18,11 @@ from rich.progress import track
 from rich.table import Table
 from transformers import CompileConfig, PreTrainedModel, PreTrainedTokenizerBase, StaticCache
 
-from ..comparison import device_name, load_model, take_turns
+from ..comparison import check_models, device_name, encode, load_model, take_turns
 from ..decoding import CACHE_NAME, JacobiConfig, JacobiStatistics
 from ..integrations.generate import JacobiGenerator
 from ..integrations.verification import verify
-from ..spider import exact_match, is_degenerate, prompt_for
+from ..spider import exact_match, is_degenerate, prompt_for, read_jsonl, read_questions
 
 Run = Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, JacobiStatistics | None]]
 
@@ -128,17 +127,16 @@ def _named(name: str, config: JacobiConfig) -> Method:
 def read_workload(name: str, data: Path, count: int) -> list[dict]:
     """Prompts as ``{"prompt", "query"}``; query is the gold answer where the bundled models are asked for one."""
     if name == "spider":
-        path = Path("models/spider-cllm/held_out_sample.jsonl")
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-        return [{"prompt": prompt_for(row), "query": row["query"]} for row in rows[:count]]
+        rows = read_questions("models/spider-cllm/held_out_sample.jsonl")[:count]
+        return [{"prompt": prompt_for(row), "query": row["query"]} for row in rows]
     path, key = {
         "gsm8k": (data / "gsm8k/test.jsonl", "question"),
         "humaneval": (data / "humaneval/HumanEval.jsonl", "prompt"),
     }[name]
     if not path.is_file():
         raise FileNotFoundError(f"no prompts at {path}; --data names the folder that holds {name}")
-    lines = path.read_text().splitlines()[:count]
-    return [{"prompt": json.loads(line)[key] + "\n", "query": None} for line in lines]
+    rows = list(read_jsonl(path, (key,)).values())[:count]
+    return [{"prompt": row[key] + "\n", "query": None} for row in rows]
 
 
 def run(
@@ -154,19 +152,19 @@ def run(
     compiled: bool,
     max_batch_size: int | None,
     device: str,
-    dtype: torch.dtype,
+    dtype: str,
     console: Console,
 ) -> list[dict]:
     """One row for each model, batch size and method.
 
     In each round, the batch sizes of a model come one after the other, and on each input the methods.
     """
-    draft_model = load_model(draft, dtype)[0].to(device) if draft else None
+    entries = read_workload(workload, data, prompts)
+    check_models(models.values())
+    draft_model = load_model(draft, dtype, device)[0] if draft else None
     rows = []
     for name, path in models.items():
-        model, tokenizer = load_model(path, dtype)
-        model.to(device).eval()
-        entries = read_workload(workload, data, prompts)
+        model, tokenizer = load_model(path, dtype, device)
         measurements = [
             _Measurement(
                 model, tokenizer, entries, methods(block_sizes, batch, draft_model, compiled, max_batch_size), batch,
@@ -197,17 +195,11 @@ class _Measurement:
     ):
         self.model, self.tokenizer, self.found = model, tokenizer, found
         self.batch, self.max_new_tokens = batch, max_new_tokens
-        tokenizer.padding_side = "left"
         batches = _grouped(entries, batch)
         self.batches = [chunk for chunk in batches if len(chunk) == batch] or batches
-        self.encoded = [
-            dict(
-                tokenizer(
-                    [entry["prompt"] for entry in chunk], return_tensors="pt", padding=True, return_token_type_ids=False
-                ).to(model.device)
-            )
-            for chunk in self.batches
-        ]
+        texts = [[entry["prompt"] for entry in chunk] for chunk in self.batches]
+        configs = [method.jacobi for method in found if method.jacobi is not None]
+        self.encoded = encode(model, tokenizer, texts, max_new_tokens, configs)
         self.runs = [method.make(model, max_new_tokens) for method in found]
         self.peaks = []
         for decode in self.runs:  # the first runs compile and are not counted

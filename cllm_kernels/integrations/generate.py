@@ -158,7 +158,7 @@ def jacobi_generate(
     pads = _check_inputs(input_ids, model_kwargs)
     _check_tokens(model, "the prompt", input_ids)
     max_new_tokens = generation_config.max_length - input_ids.shape[1]
-    max_position = _check_lengths(model, input_ids, pads, max_new_tokens, config)
+    max_position = check_lengths(model, input_ids.shape[1] - int(pads.min()), max_new_tokens, config)
     if (text_streamer or on_commit) is not None and input_ids.shape[0] > 1:
         raise ValueError(f"streamer and on_commit take one sequence; this batch has {input_ids.shape[0]} rows")
     seeds = _row_seeds(config.seed, generator, sampling, input_ids.shape[0])
@@ -536,16 +536,14 @@ def _check_mask_shape(mask: torch.Tensor, input_ids: torch.Tensor) -> None:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}; it must be {tuple(input_ids.shape)}, as input_ids is")
 
 
-def _check_lengths(
-    model: PreTrainedModel, input_ids: torch.Tensor, pads: torch.Tensor, max_new_tokens: int, config: JacobiConfig
-) -> int | None:
-    """Checks that everything fits the model's positions; returns the highest position id, None for no limit."""
+def check_lengths(model: PreTrainedModel, longest: int, max_new_tokens: int, config: JacobiConfig) -> int | None:
+    """Checks that prompts of up to ``longest`` tokens, and what comes behind them, fit the model's positions; returns the
+    highest position id, None for no limit."""
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1")
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is None:
         return None
-    longest = input_ids.shape[1] - int(pads.min())
     short = _short_positions(model)
     if short is not None:
         if longest + max_new_tokens > short:

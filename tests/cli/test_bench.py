@@ -89,4 +89,4 @@ def test_other_texts(tmp_path):
 )
 def test_refused(tmp_path, arguments, message):
     result, rows = bench(tmp_path, *arguments)
-    assert result.exit_code == 1 and rows is None and message in " ".join(result.output.split())
+    assert result.exit_code == 2 and rows is None and message in " ".join(result.output.split())
