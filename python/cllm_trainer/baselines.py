@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import trange
@@ -23,6 +24,7 @@ from cllm_kernels.decoding import CACHE_NAME
 
 from .losses import divergence
 from .packing import IGNORE, TrajectoryDataset, collate
+from .rows import check_rows
 
 
 def make_draft(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> PreTrainedModel:
@@ -38,6 +40,13 @@ def make_draft(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> PreTr
     draft = AutoModelForCausalLM.from_config(config).to(target.dtype)
     draft.load_state_dict(target.state_dict(), strict=False)
     return draft
+
+
+def _check(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> None:
+    """Raises ValueError where rows, tokenizer and target do not fit together."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
+    check_rows(rows, tokenizer, target.config.vocab_size)
 
 
 def _batches(rows: list[dict], steps: int, batch_size: int, pad: int, seed: int) -> Iterable[dict[str, torch.Tensor]]:
@@ -67,6 +76,7 @@ def distil_draft(
     Returns:
         A record with the divergence of each step.
     """
+    _check(target, tokenizer, rows)
     draft = make_draft(target, layers, seed)
     target.eval()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=learning_rate)
@@ -141,9 +151,13 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path) -> MedusaHeads:
-        state = load_file(path)
-        heads = cls(state["blocks.0.weight"].shape[0], len(state) // 2)
-        heads.load_state_dict(state)
+        """Raises ValueError where the file holds no such heads."""
+        try:
+            state = load_file(path)
+            heads = cls(state["blocks.0.weight"].shape[0], len(state) // 2)
+            heads.load_state_dict(state)
+        except (KeyError, RuntimeError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no heads of cllm-train medusa ({type(error).__name__}: {error})") from None
         return heads
 
 
@@ -162,6 +176,7 @@ def train_medusa(
 
     Head k counts 0.8 ** k, as Medusa weighs them.
     """
+    _check(target, tokenizer, rows)
     heads = MedusaHeads(target.config.hidden_size, count)
     target.eval()
     head = target.get_output_embeddings()

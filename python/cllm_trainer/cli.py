@@ -13,8 +13,9 @@ import torch
 import typer
 
 from cllm_kernels import JacobiConfig
+from cllm_kernels.cli.commands import Commands, apart, fail, file_in_new_folder, output_file, output_folder
 from cllm_kernels.comparison import load_model
-from cllm_kernels.spider import prompt_for, read_questions
+from cllm_kernels.spider import prompt_for, read_jsonl, read_questions
 
 from . import gsm8k as _gsm8k
 from . import spider as _spider
@@ -27,11 +28,25 @@ from .rounds import rounds as _rounds
 from .rows import read_rows, to_cllm
 from .settings import TrainConfig, describe, read_settings
 from .tasks import TASKS, load_task
+from .train import Collapsed
 from .train import train as _train
 
-app = typer.Typer(help="Trains Consistency LLMs.", no_args_is_help=True, add_completion=False)
 
-SETTINGS = typer.Option(help="YAML file of settings (cllm-train settings prints one); options go over it.")
+class _Commands(Commands):
+    """An alarm that stops a training is no bad input, but what the training came to: exit code 1."""
+
+    def invoke(self, ctx: typer.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except Collapsed as error:
+            fail(str(error), 1)
+
+
+app = typer.Typer(cls=_Commands, help="Trains Consistency LLMs.", no_args_is_help=True, add_completion=False)
+
+_INPUT = {"exists": True, "dir_okay": False}
+SETTINGS = typer.Option(help="YAML file of settings (cllm-train settings prints one); options go over it.", **_INPUT)
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 
 
 def _settings_as_options(function):
@@ -63,37 +78,36 @@ def _settings_as_options(function):
 
 def _read_prompts(path: Path, tokenizer) -> tuple[list[list[int]], list[list[int]] | None]:
     """Token ids of the prompts of a file, and of the ground truths, where every line has one under ``truth``."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    try:
-        first = json.loads(lines[0])
-    except (IndexError, json.JSONDecodeError) as error:
-        raise typer.BadParameter(f"{path}: the first line is no JSON object ({error})") from None
-    if "prompt" not in first:
+    rows = read_jsonl(path)
+    if "prompt" not in next(iter(rows.values())):
         return prompts_of(tokenizer, [prompt_for(row) for row in read_questions(path)]), None
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows.append((row["prompt"], row.get("truth")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise typer.BadParameter(
-                f'{path}:{number}: no {{"prompt": text}} ({type(error).__name__}: {error})'
-            ) from None
-    truths = None
-    if all(truth is not None for _, truth in rows):
-        encoded = tokenizer([truth for _, truth in rows], add_special_tokens=False)["input_ids"]
-        truths = [ids + [tokenizer.eos_token_id] for ids in encoded]
-    return prompts_of(tokenizer, [prompt for prompt, _ in rows]), truths
+    for number, row in rows.items():
+        if not isinstance(row.get("prompt"), str) or not isinstance(row.get("truth"), str | None):
+            raise ValueError(f'{path}:{number}: not {{"prompt": text}}, with another text under truth if it is known')
+    prompts = prompts_of(tokenizer, [row["prompt"] for row in rows.values()])
+    empty = [number for number, ids in zip(rows, prompts, strict=True) if not ids]
+    if empty:
+        raise ValueError(f"{path}:{empty[0]}: the prompt has no tokens")
+    truths = [row.get("truth") for row in rows.values()]
+    if None in truths:
+        return prompts, None
+    if tokenizer.eos_token_id is None:
+        raise ValueError("truths end with an EOS token, and the tokenizer has none")
+    encoded = tokenizer(truths, add_special_tokens=False)["input_ids"]
+    return prompts, [ids + [tokenizer.eos_token_id] for ids in encoded]
 
 
 @app.command()
 def collect(
     model: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
     prompts: Annotated[
-        Path, typer.Option(help='JSONL with {"prompt": text}, and "truth" if known, or Spider questions.')
+        Path, typer.Option(help='JSONL with {"prompt": text}, and "truth" if known, or Spider questions.', **_INPUT)
     ],
     output: Annotated[
-        Path, typer.Option(help="Training rows go here, as JSONL. The same call goes on after an interruption.")
+        Path,
+        typer.Option(
+            help="Training rows go here, as JSONL. The same call goes on after an interruption.", callback=output_file
+        ),
     ],
     block_size: Annotated[int, typer.Option(min=2)] = 16,
     mode: Annotated[str, typer.Option(help="window or block.")] = "window",
@@ -103,13 +117,17 @@ def collect(
     temperature: Annotated[float | None, typer.Option(min=0, help="Samples; greedy without.")] = None,
     top_k: Annotated[int, typer.Option(min=0, help="Of sampling; 0 for all.")] = 0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Of sampling.")] = 1.0,
-    cllm_json: Annotated[Path | None, typer.Option(help="Also writes the original CLLM format here.")] = None,
-    seed: int = 0,
+    cllm_json: Annotated[
+        Path | None, typer.Option(help="Also writes the original CLLM format here.", callback=output_file)
+    ] = None,
+    seed: Seed = 0,
 ) -> None:
     """Records the Jacobi trajectories of prompts."""
+    apart(output, prompts, cllm_json)
+    apart(cllm_json, prompts)
+    config = JacobiConfig(block_size=block_size, mode=mode, seed=seed)
     loaded, tokenizer = load_model(model)
     ids, truths = _read_prompts(prompts, tokenizer)
-    config = JacobiConfig(block_size=block_size, mode=mode, seed=seed)
     sampling = None if temperature is None else {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     summary = _collect(loaded, tokenizer, ids, output, config, batch_size, max_new_tokens, augment, sampling, truths)
     if cllm_json is not None:
@@ -123,9 +141,9 @@ def train(
     *,
     model: Annotated[Path, typer.Option(help="Checkpoint to start from.")],
     data: Annotated[
-        Path, typer.Option(help="Rows that collect wrote, or a file in the CLLM or Jacobi Forcing format.")
+        Path, typer.Option(help="Rows that collect wrote, or a file in the CLLM or Jacobi Forcing format.", **_INPUT)
     ],
-    output: Annotated[Path, typer.Option(help="The checkpoint goes here.")],
+    output: Annotated[Path, typer.Option(help="The checkpoint goes here.", callback=output_folder)],
     target: Annotated[Path | None, typer.Option(help="Checkpoint that --target-weight holds the model to.")] = None,
     settings: Annotated[Path | None, SETTINGS] = None,
     skip_broken: Annotated[bool, typer.Option(help="Leaves broken lines out instead of stopping.")] = False,
@@ -135,7 +153,7 @@ def train(
     """Fine-tunes with the consistency and autoregressive losses. Runs under accelerate launch and torchrun too."""
     config = read_settings(settings, changes)
     if (config.target_weight > 0) != (target is not None):
-        raise typer.BadParameter("--target and --target-weight above 0 go together")
+        raise ValueError("--target and --target-weight above 0 go together")
     loaded, tokenizer = load_model(model)
     notes = {"data": str(data), "start": str(model), "target": target and str(target)}
     rows = read_rows(data, tokenizer, skip_broken)
@@ -147,8 +165,13 @@ def train(
 def rounds(
     *,
     model: Annotated[Path, typer.Option(help="Checkpoint to start from, the target of all rounds.")],
-    prompts: Annotated[Path, typer.Option(help="As collect takes them.")],
-    output: Annotated[Path, typer.Option(help="round-1, round-2, ... go here, each with its rows and its model.")],
+    prompts: Annotated[Path, typer.Option(help="As collect takes them.", **_INPUT)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="round-1, round-2, ... go here, each with its rows and its model.", callback=output_folder
+        ),
+    ],
     count: Annotated[int, typer.Option(min=1, help="Rounds.")] = 2,
     n: Annotated[int, typer.Option(min=2, help="Block size that trajectories are collected with.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -166,12 +189,18 @@ def rounds(
 @app.command()
 def evaluate(
     target: Annotated[Path, typer.Option(help="Checkpoint of the target.")],
-    questions: Annotated[Path, typer.Option(help="JSONL of the task, such as Spider's dev.jsonl.")],
-    output: Annotated[Path, typer.Option(help="The rows go here, as JSON, and the tables beside it, as Markdown.")],
+    questions: Annotated[Path, typer.Option(help="JSONL of the task, such as Spider's dev.jsonl.", **_INPUT)],
+    output: Annotated[
+        Path,
+        typer.Option(
+            help="The rows go here, as JSON, and the tables beside it, as Markdown.", callback=file_in_new_folder
+        ),
+    ],
     cllm: Annotated[Path | None, typer.Option(help="Checkpoint of the CLLM; the target alone without.")] = None,
     task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "spider",
     schemas: Annotated[
-        Path | None, typer.Option(help="Spider's tables.json, for the script's set match and to execute queries.")
+        Path | None,
+        typer.Option(help="Spider's tables.json, for the script's set match and to execute queries.", **_INPUT),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Takes the first rows only.")] = None,
     block_size: Annotated[int, typer.Option(min=2)] = 16,
@@ -181,25 +210,37 @@ def evaluate(
     draft: Annotated[
         Path | None, typer.Option(help="Adds speculative decoding with this draft (cllm-train draft).")
     ] = None,
-    medusa: Annotated[Path | None, typer.Option(help="Adds these heads (cllm-train medusa).")] = None,
+    medusa: Annotated[Path | None, typer.Option(help="Adds these heads (cllm-train medusa).", **_INPUT)] = None,
     plots: Annotated[bool, typer.Option(help="Draws the training, and a trajectory, of the last model.")] = False,
 ) -> None:
     """Compares a target and its CLLM on a task: quality, tokens per forward, speed, against AR and baselines."""
+    apart(output, output.with_suffix(".md"), questions, schemas, medusa)
     loaded = load_task(task, questions, limit, schemas)
+    if plots:  # before the work, since a file of others is read
+        _plot_training(cllm or target, output)
     models = {"target": target} | ({"cllm": cllm} if cllm else {})
     rows = _evaluate(models, loaded, block_size, max_new_tokens, rounds, lookup, draft, medusa)
     write_report(rows, loaded, output)
     if plots:
-        _plot(cllm or target, loaded.prompts()[0], output, block_size, max_new_tokens)
+        _plot_trajectory(cllm or target, loaded.prompts()[0], output, block_size, max_new_tokens)
     typer.echo(tables(rows, loaded))
 
 
-def _plot(path: Path, prompt: str, output: Path, block_size: int, max_new_tokens: int) -> None:
-    from .plots import plot_training, plot_trajectory
+def _plot_training(path: Path, output: Path) -> None:
+    from .plots import plot_training
 
     record = path / "training_record.json"
     if record.exists():
-        plot_training(json.loads(record.read_text()), output.with_name(f"{output.stem}_training.png"))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            plot_training(json.loads(record.read_bytes()), output.with_name(f"{output.stem}_training.png"))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{record} holds no training to draw ({type(error).__name__}: {error})") from error
+
+
+def _plot_trajectory(path: Path, prompt: str, output: Path, block_size: int, max_new_tokens: int) -> None:
+    from .plots import plot_trajectory
+
     model, tokenizer = load_model(path)
     with tempfile.TemporaryDirectory() as folder:
         row = Path(folder) / "row.jsonl"
@@ -218,12 +259,12 @@ def _plot(path: Path, prompt: str, output: Path, block_size: int, max_new_tokens
 @app.command()
 def draft(
     target: Annotated[Path, typer.Option(help="Checkpoint to distil.")],
-    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
-    output: Annotated[Path, typer.Option(help="The draft model goes here.")],
+    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.", **_INPUT)],
+    output: Annotated[Path, typer.Option(help="The draft model goes here.", callback=output_folder)],
     layers: Annotated[int, typer.Option(min=1)] = 1,
     steps: Annotated[int, typer.Option(min=1)] = 300,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Distils a draft model for the speculative baseline: reverse KL on its own samples."""
     model, tokenizer = load_model(target)
@@ -236,12 +277,12 @@ def draft(
 @app.command()
 def medusa(
     target: Annotated[Path, typer.Option(help="Checkpoint that the heads are for; it stays as it is.")],
-    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.")],
-    output: Annotated[Path, typer.Option(help="The heads go here, as safetensors.")],
+    data: Annotated[Path, typer.Option(help="Training rows that collect wrote.", **_INPUT)],
+    output: Annotated[Path, typer.Option(help="The heads go here, as safetensors.", callback=output_file)],
     heads: Annotated[int, typer.Option(min=1)] = 4,
     steps: Annotated[int, typer.Option(min=1)] = 300,
     learning_rate: Annotated[float, typer.Option(min=0)] = 1e-3,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Trains Medusa-style heads for the baseline."""
     model, tokenizer = load_model(target)
@@ -260,16 +301,16 @@ def _chosen(stage: str, *stages: str) -> tuple[str, ...]:
     """The stages that ``stage`` names: one of them, or all."""
     names = ("all", *stages)
     if stage not in names:
-        raise typer.BadParameter(f"{stage!r} is not one of {', '.join(names)}")
+        raise ValueError(f"the stage is {stage!r}, not one of {', '.join(names)}")
     return stages if stage == "all" else (stage,)
 
 
 @app.command()
 def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl, dev.jsonl and tables.json.")],
-    output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.")] = Path("models"),
+    output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.", callback=output_folder)] = Path("models"),
     work: Annotated[
-        Path, typer.Option(help="The target's answers and the held-out questions go here.")
+        Path, typer.Option(help="The target's answers and the held-out questions go here.", callback=output_folder)
     ] = Path("runs/spider"),
     stage: Annotated[str, typer.Option(help="target, cllm, baselines, evaluate, or all of them in turn.")] = "all",
     schema: Annotated[
@@ -294,8 +335,8 @@ def spider(
 @app.command()
 def gsm8k(
     data: Annotated[Path, typer.Option(help="Folder with GSM8K's train.jsonl.")],
-    output: Annotated[Path, typer.Option(help="gsm8k-target and gsm8k-cllm go here.")] = Path("models"),
-    work: Annotated[Path, typer.Option(help="The target's answers go here.")] = Path("runs/gsm8k"),
+    output: Annotated[Path, typer.Option(help="gsm8k-target and gsm8k-cllm go here.", callback=output_folder)] = Path("models"),
+    work: Annotated[Path, typer.Option(help="The target's answers go here.", callback=output_folder)] = Path("runs/gsm8k"),
     stage: Annotated[str, typer.Option(help="target, cllm, or both in turn: all.")] = "all",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm_kernels import JacobiConfig, JacobiGenerator
+from cllm_kernels.integrations.generate import check_lengths
 from cllm_kernels.spider import is_degenerate
 
 from .packing import initial_states
@@ -58,7 +59,7 @@ def collect(
         ``degenerate``.
 
     Raises:
-        ValueError: no prompts, an empty one, or the ``.part`` was left by a run with other settings.
+        ValueError: no prompts, an empty one, one too long for the model's positions, or the ``.part`` was left by a run with other settings.
         OSError: it could not be written, such as on a full disk; what was written whole stays.
     """
     if not prompts or not all(prompts):
@@ -81,6 +82,7 @@ def collect(
     if found and found[0]["prompts"] == len(order):
         return _summary(found[0])
     generator = JacobiGenerator(model, config)
+    check_lengths(model, len(prompts[order[-1]]), max_new_tokens, config)
     temporary = Path(f"{output}.part")
     counts = _resume(temporary, common["run"], order)
     options = {"do_sample": True, **sampling} if sampling else {"do_sample": False}

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cllm_kernels import JacobiConfig, JacobiGenerator, JacobiStatistics
-from cllm_kernels.comparison import load_model, take_turns
+from cllm_kernels.comparison import check_models, encode, load_model, take_turns
 from cllm_kernels.spider import is_degenerate
 
 from .baselines import MedusaHeads, medusa_generate
@@ -118,8 +118,10 @@ def evaluate(
         ``fast_forwarded``, ``stationary`` and both by the paper's definition (tokens a prompt), and the machine.
 
     Raises:
-        ValueError: a draft or heads that do not fit the target.
+        ValueError: a model cannot be loaded, a prompt is empty or too long for it, or a draft or heads do not fit the
+            target.
     """
+    check_models(models.values())
     rows: list[dict] = []
     target = None
     for name, path in models.items():
@@ -133,10 +135,8 @@ def evaluate(
         if heads is not None and heads.blocks[0].in_features != model.config.hidden_size:
             raise ValueError(f"the heads are {heads.blocks[0].in_features} wide, the target {model.config.hidden_size}")
         methods = _methods(model, block_size, max_new_tokens, first and lookup, drafter, heads)
-        encoded = [
-            dict(tokenizer(text, return_tensors="pt", return_token_type_ids=False).to(model.device))
-            for text in task.prompts()
-        ]
+        prompts = [[text] for text in task.prompts()]
+        encoded = encode(model, tokenizer, prompts, max_new_tokens, [JacobiConfig(block_size=block_size)])
         progress = functools.partial(tqdm, desc=f"evaluate {name}", unit="prompt")
         turns = take_turns([method.decode for method in methods], encoded, rounds, model.device, progress)
         for method, own in zip(methods, turns, strict=True):

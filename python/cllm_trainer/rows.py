@@ -31,6 +31,9 @@ from transformers import PreTrainedTokenizerBase
 
 State = tuple[int, list[int]]
 
+# What reading a row raises where it is not what it must be; infinity is a number in JSON, but no int.
+_BROKEN = (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError)
+
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """16 hex digits that two tokenizers share if they have the same tokens under the same ids."""
@@ -44,12 +47,13 @@ def _is_ids(value: object) -> bool:
 
 
 def _check_row(row: dict) -> None:
-    """Raises ValueError, KeyError or TypeError on what is no row."""
+    """Raises one of ``_BROKEN`` on what is no row."""
     if not (row["prompt_ids"] and row["output_ids"]):
         raise ValueError("prompt_ids or output_ids is empty")
     if not all(_is_ids(row[key]) for key in ("prompt_ids", "output_ids", "truth_ids") if key in row):
         raise ValueError("prompt_ids, output_ids and truth_ids must be lists of token ids")
-    if not 0 <= row.get("prefix_length", 0) < len(row["prompt_ids"]):
+    prefix = row.get("prefix_length", 0)
+    if type(prefix) is not int or not 0 <= prefix < len(row["prompt_ids"]):
         raise ValueError("prefix_length must be at least 0 and less than the prompt's length")
     for start, drafts in row.get("states", []):
         if type(start) is not int or start < 0 or not drafts or not _is_ids(drafts):
@@ -68,25 +72,27 @@ def read_rows(
     Raises:
         ValueError: lines that are no rows; the first is named, all are counted. Or no row is left.
     """
-    with open(path, encoding="utf-8") as file:
-        if file.read(1) == "[":
-            file.seek(0)
-            try:
-                entries = json.load(file)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not a whole JSON array ({error})") from None
-            numbered = enumerate(from_cllm(entries, _eos(path, tokenizer)), 1)
-        else:
-            file.seek(0)
-            numbered = enumerate(file.read().splitlines(), 1)
+    data = Path(path).read_bytes()
+    if data[:1] == b"[":
+        eos = _eos(path, tokenizer)
+        try:
+            entries = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a whole JSON array ({error})") from None
+        try:
+            numbered = enumerate(from_cllm(entries, eos), 1)
+        except _BROKEN as error:
+            raise ValueError(f"{path}: not entries of the CLLM format ({type(error).__name__}: {error})") from None
+    else:
+        numbered = enumerate(data.splitlines(), 1)
     rows, broken = [], []
     for number, row in numbered:
         try:
-            row = json.loads(row) if isinstance(row, str) else row
+            row = json.loads(row) if isinstance(row, bytes) else row
             if "complete_training_sequence_ids" in row:
                 row = from_jacobi_forcing(row, _eos(path, tokenizer))
             _check_row(row)
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except _BROKEN as error:
             broken.append(f"{path}:{number}: not a training row ({type(error).__name__}: {error})")
         else:
             rows.append(row)

@@ -20,8 +20,10 @@ models that do not write values; here a prediction stays as it is.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 from cllm_kernels.spider import canonical_sql
@@ -69,6 +71,23 @@ def schema_of(entry: dict) -> Schema:
             groups.append(group := set())
         group.update(pair)
     return Schema(columns, {names[index]: names[min(group)] for group in groups for index in group})
+
+
+def read_schemas(path: str | Path) -> list[dict]:
+    """The entries of a file like Spider's ``tables.json``.
+
+    Raises:
+        ValueError: it does not hold schemas.
+    """
+    try:
+        entries = json.loads(Path(path).read_bytes())
+        for entry in entries:
+            schema_of(entry)
+            if not len(entry["column_types"]) == len(entry["column_names_original"]) or not isinstance(entry["db_id"], str):
+                raise ValueError(f"{entry['db_id']!r} has {len(entry['column_types'])} column_types")
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: no schemas like those of Spider's tables.json ({type(error).__name__}: {error})") from None
+    return entries
 
 
 class _Conditions(NamedTuple):

@@ -107,7 +107,7 @@ class TrainConfig:
     alarm_repetition: float = _setting(
         0.2, "stops where repetitive outputs exceed those of the start by this share", "own choice", (0, 1)
     )
-    seed: int = _setting(0, "of all draws", "own choice", (0, None))
+    seed: int = _setting(0, "of all draws", "own choice", (0, 2**32 - 1))
     save_dtype: str = _setting(
         "bfloat16", "storage type of the saved weights", _CLLM_CODE, ("bfloat16", "float16", "float32")
     )
@@ -147,9 +147,12 @@ def read_settings(path: str | Path | None, changes: dict[str, Any] | None = None
     """Settings of a YAML file, with ``changes`` over them.
 
     Raises:
-        ValueError: the file is no mapping, or names a setting that there is not.
+        ValueError: the file is no YAML, or no mapping, or names a setting that there is not.
     """
-    values = yaml.safe_load(Path(path).read_text()) if path else {}
+    try:
+        values = yaml.safe_load(Path(path).read_bytes()) if path else {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no mapping of settings to values")
     values |= changes or {}

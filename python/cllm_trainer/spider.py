@@ -28,7 +28,7 @@ from .baselines import distil_draft, train_medusa
 from .collect import collect_answers, tqdm_of, with_first_states
 from .from_scratch import learn_to_copy, make_model, make_tokenizer
 from .settings import TrainConfig
-from .set_match import schema_of, tokenize
+from .set_match import read_schemas, schema_of, tokenize
 from .train import train
 
 _WORD = re.compile(r"[a-z]+|\d+")
@@ -286,6 +286,9 @@ def encipher(rows: list[dict], vocabulary: int, copies: int, seed: int = 0) -> l
 def show_schemas(questions: list[dict], schemas: list[dict]) -> list[dict]:
     """The questions with the text of their database's schema, which :func:`cllm_kernels.spider.prompt_for` shows."""
     texts = {entry["db_id"]: schema_text(schema_of(entry).columns) for entry in schemas}
+    missing = sorted({row["db_id"] for row in questions} - texts.keys())
+    if missing:
+        raise ValueError(f"there is no schema of {', '.join(missing[:5])}, which questions are on")
     return [row | {"schema": texts[row["db_id"]]} for row in questions]
 
 
@@ -383,21 +386,22 @@ def load(data: str | Path, schema: bool = False) -> tuple[list[dict], list[dict]
     ``schema`` is True, else examples among the training questions."""
     data = Path(data)
     training, held_out = split(read_questions(data / "train.jsonl"))
+    if not (training and held_out):
+        raise ValueError(f"{data / 'train.jsonl'} has too few questions: {len(training)}, and {len(held_out)} held out")
     databases = {row["db_id"] for row in training}
-    schemas = [entry for entry in read_schemas(data) if entry["db_id"] in databases]
+    schemas = [entry for entry in read_schemas(data / "tables.json") if entry["db_id"] in databases]
     if schema:
         return show_schemas(training, schemas), show_schemas(held_out, schemas), schemas
     return show_examples(training, training), show_examples(held_out, training), schemas
 
 
-def read_schemas(data: str | Path) -> list[dict]:
-    """The entries of Spider's ``tables.json``."""
-    return json.loads((Path(data) / "tables.json").read_text())
-
-
 def shows_schemas(target: str | Path) -> bool:
     """Whether a target was trained with the schema in the prompt."""
-    return json.loads((Path(target) / "training_record.json").read_text())["data"].get("schema", False)
+    path = Path(target) / "training_record.json"
+    try:
+        return json.loads(path.read_bytes())["data"].get("schema", False)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no record of build_target ({type(error).__name__}: {error})") from None
 
 
 def build_target(data: str | Path, output_dir: str | Path, schema: bool = False) -> dict:
@@ -463,6 +467,8 @@ def build_cllm(data: str | Path, target: str | Path, output_dir: str | Path, wor
     A sample of the held-out questions is written beside the CLLM, for the demo.
     """
     training, held_out, _ = load(data, shows_schemas(target))
+    if len(held_out) < SAMPLE:
+        raise ValueError(f"{data} leaves {len(held_out)} held-out questions; the CLLM's sample takes {SAMPLE}")
     model, tokenizer = load_model(target)
     answers, summary = answers_of(model, tokenizer, training, work)
     notes = {"start": Path(target).name, "answers": summary}
@@ -498,7 +504,7 @@ def evaluate_models(data: str | Path, models: str | Path, work: str | Path) -> l
     schema = shows_schemas(models / "spider-target")
     training, held_out, _ = load(data, schema)
     unknown = read_questions(Path(data) / "dev.jsonl")
-    unknown = show_schemas(unknown, read_schemas(data)) if schema else show_examples(unknown, training)
+    unknown = show_schemas(unknown, read_schemas(Path(data) / "tables.json")) if schema else show_examples(unknown, training)
     work.mkdir(parents=True, exist_ok=True)
     for name, questions in (("held_out", held_out), ("dev", unknown)):
         (work / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))

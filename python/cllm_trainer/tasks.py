@@ -6,22 +6,21 @@ value a row: True, False, or None where nothing can be said. Its first measure i
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from cllm_kernels.spider import exact_match, prompt_for, read_questions
+from cllm_kernels.spider import exact_match, prompt_for, read_jsonl, read_questions
 
 from . import sandbox
-from .set_match import exact_set_match, schema_of
+from .set_match import exact_set_match, read_schemas, schema_of
 from .sql import make_database, same_result
 
 Measures = dict[str, list[bool | None]]
 
 
 class Task:
-    """A file of rows with ``fields``; ``measure`` is what stands in the tables."""
+    """A file of rows with texts under ``fields``; ``measure`` is what stands in the tables."""
 
     name: str
     measure: str
@@ -31,19 +30,7 @@ class Task:
         self.rows = self._read(Path(path))[:limit]
 
     def _read(self, path: Path) -> list[dict]:
-        rows = []
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                missing = [field for field in self.fields if field not in row]
-            except (json.JSONDecodeError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: not a JSON object ({error})") from None
-            if missing:
-                raise ValueError(f"{path}:{number}: no {', '.join(missing)}, which the task {self.name} needs")
-            rows.append(row)
-        if not rows:
-            raise ValueError(f"{path}: no rows in this file")
-        return rows
+        return list(read_jsonl(path, self.fields).values())
 
     def prompts(self) -> list[str]:
         raise NotImplementedError
@@ -62,7 +49,7 @@ class Spider(Task):
         super().__init__(path, limit)
         self.schemas = {}
         if schemas is not None:
-            self.schemas = {entry["db_id"]: entry for entry in json.loads(Path(schemas).read_text())}
+            self.schemas = {entry["db_id"]: entry for entry in read_schemas(schemas)}
             missing = sorted({row["db_id"] for row in self.rows} - set(self.schemas))
             if missing:
                 raise ValueError(f"{schemas} has no database {', '.join(missing[:5])}")
@@ -147,7 +134,15 @@ class HumanEval(Task):
 class MTBench(Task):
     """The first turns of MT-bench (Zheng et al. 2023): speed, and the perplexity under the target. No judge."""
 
-    name, measure, fields = "mt_bench", "perplexity", ("turns",)
+    name, measure, fields = "mt_bench", "perplexity", ()
+
+    def _read(self, path: Path) -> list[dict]:
+        rows = read_jsonl(path)
+        for number, row in rows.items():
+            turns = row.get("turns")
+            if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+                raise ValueError(f"{path}:{number}: turns must be a list of texts")
+        return list(rows.values())
 
     def prompts(self) -> list[str]:
         return [f"USER: {row['turns'][0]} ASSISTANT:" for row in self.rows]
