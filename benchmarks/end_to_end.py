@@ -8,14 +8,18 @@ width of the window, and how many tokens a forward committed.
 """
 
 import json
-import sys
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from plot import plt, save
 
+from cllm_kernels.cli.commands import output_file
 
-def main(source):
-    rows = json.loads(Path(source).read_text())
+
+def main(source: Annotated[Path, typer.Argument(help="What `cllm bench --json` wrote.", exists=True)]) -> None:
+    output = output_file(source.with_suffix(".png"))
+    rows = json.loads(source.read_text())
     panels = sorted({(row["model"], row["batch"]) for row in rows})
     figure, axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 7.2), squeeze=False)
     for column, (model, batch) in enumerate(panels):
@@ -39,8 +43,8 @@ def main(source):
         accepts.legend(fontsize=7)
     first = rows[0]
     title = f"{first['workload']}, {first['dtype']}, {first['device']}, {first['threads']} threads, medians"
-    print(save(figure, Path(source).with_suffix(".png"), title))
+    print(save(figure, output, title))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    typer.run(main)

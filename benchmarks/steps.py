@@ -43,6 +43,7 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig, Qwen2Config, StaticCache
 
 from cllm_kernels import JacobiConfig, backends, optimize
+from cllm_kernels.cli.commands import DTYPES, available_device, one_of, output_file
 from cllm_kernels.comparison import device_name
 from cllm_kernels.decoding import CACHE_NAME, JacobiCache, Processing, Session
 from cllm_kernels.decoding.session import Poll, capture, make_step, on_graph_stream
@@ -372,22 +373,25 @@ def main(
     width: Annotated[list[int], typer.Option(min=1)] = (1, 2, 4, 8, 16, 32, 64, 128),
     long_width: Annotated[list[int], typer.Option(min=1, help="Of all lengths but the first; as --width if none.")] = (),
     length: Annotated[list[int], typer.Option(min=1)] = (128, 1024),
-    dtype: str = "float32",
-    device: str = "cpu",
+    dtype: Annotated[str, typer.Option(callback=one_of(*DTYPES))] = "float32",
+    device: Annotated[str, typer.Option(callback=available_device)] = "cpu",
     repeats: Annotated[int, typer.Option(min=2)] = 15,
     threads: Annotated[int | None, typer.Option(min=1)] = None,
     compiled: bool = True,
     eager_width: Annotated[list[int], typer.Option(min=1)] = (1, 16),
     compiled_width: Annotated[list[int], typer.Option(min=1)] = (),
     fusions: Annotated[bool, typer.Option(help="Ours without some of its kernels too; on the CPU.")] = False,
-    json_path: Annotated[Path | None, typer.Option("--json")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", callback=output_file)] = None,
     keep: Annotated[bool, typer.Option(help="Other shapes' rows stay in the file of --json.")] = False,
-    plot: Annotated[Path | None, typer.Option(help="Measures nothing, draws this file of --json.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Measures nothing, draws this file of --json.", exists=True)] = None,
 ) -> None:
     if plot:
+        output_file(plot.with_suffix(".png"))
         return print(draw_steps(plot))
     if not shape:
         raise typer.BadParameter("name a --shape, or a file to --plot")
+    if unknown := set(shape) - set(SHAPES):
+        raise typer.BadParameter(f"no shape {', '.join(unknown)}; there are {', '.join(SHAPES)}")
     if fusions and device != "cpu":
         raise typer.BadParameter("--fusions compares kernels for the CPU")
     if threads:

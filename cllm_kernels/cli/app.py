@@ -77,6 +77,7 @@ def generate(
     config = JacobiConfig(
         block_size=block_size, mode=mode, draft=draft, candidates=candidates, blocks=blocks, backend=backend
     )
+    _check_backend(backend, device)
     loaded, tokenizer = load_model(model, dtype, device)
     generator = JacobiGenerator(loaded, config)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
@@ -112,9 +113,10 @@ def verify(
         Path | None, typer.Option("--json", help="Write the certificate here.", callback=output_file)
     ] = None,
 ) -> None:
-    """Checks token by token that an output is what the model gives; exits with 1 where it is not."""
+    """Checks token by token that an output is what the model gives; exits with 1 where it is not, with 2 on bad input."""
     sampling = dict(do_sample=True, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed) if temperature else {}
     options = {"do_sample": False, "block_size": block_size, "backend": backend} | sampling
+    _check_backend(backend, device)
     new_ids = None if ids is None else _token_ids(ids)
     loaded, tokenizer = load_model(model, dtype, device)
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
@@ -205,6 +207,13 @@ def doctor() -> None:
     table.add_row("transformers", transformers.__version__)
     table.add_row("python", f"{platform.python_version()} on {platform.machine()}")
     console.print(table)
+
+
+def _check_backend(backend: str, device: str) -> None:
+    try:
+        backends.resolve(backend, torch.device(device))
+    except RuntimeError as error:  # it is not there
+        raise ValueError(str(error)) from None
 
 
 def _token_ids(text: str) -> list[int]:

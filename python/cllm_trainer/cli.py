@@ -308,7 +308,9 @@ def _chosen(stage: str, *stages: str) -> tuple[str, ...]:
 @app.command()
 def spider(
     data: Annotated[Path, typer.Option(help="Folder with Spider's train.jsonl, dev.jsonl and tables.json.")],
-    output: Annotated[Path, typer.Option(help="spider-target and spider-cllm go here.", callback=output_folder)] = Path("models"),
+    output: Annotated[
+        Path, typer.Option(help="spider-target and spider-cllm go here.", callback=output_folder)
+    ] = Path("models"),
     work: Annotated[
         Path, typer.Option(help="The target's answers and the held-out questions go here.", callback=output_folder)
     ] = Path("runs/spider"),
@@ -335,8 +337,12 @@ def spider(
 @app.command()
 def gsm8k(
     data: Annotated[Path, typer.Option(help="Folder with GSM8K's train.jsonl.")],
-    output: Annotated[Path, typer.Option(help="gsm8k-target and gsm8k-cllm go here.", callback=output_folder)] = Path("models"),
-    work: Annotated[Path, typer.Option(help="The target's answers go here.", callback=output_folder)] = Path("runs/gsm8k"),
+    output: Annotated[
+        Path, typer.Option(help="gsm8k-target and gsm8k-cllm go here.", callback=output_folder)
+    ] = Path("models"),
+    work: Annotated[
+        Path, typer.Option(help="The target's answers go here.", callback=output_folder)
+    ] = Path("runs/gsm8k"),
     stage: Annotated[str, typer.Option(help="target, cllm, or both in turn: all.")] = "all",
     threads: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:

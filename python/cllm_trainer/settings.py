@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from pathlib import Path
@@ -132,6 +133,8 @@ def _check(name: str, value: Any, hint: Any, allowed: tuple) -> None:
     fits = type(value) in kinds or (float in kinds and type(value) is int) or (value is None and type(None) in kinds)
     if not fits:
         raise ValueError(f"{name} is {value!r}; it must be {' or '.join(kind.__name__ for kind in kinds)}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be finite")
     if allowed and isinstance(allowed[0], str):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -23,6 +26,107 @@ KEYS = {
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def refused(*arguments):
+    """The line that says why; the model is not loaded."""
+    result = run(*arguments)
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    for name in ("app", "bench", "demo"):
+        monkeypatch.setattr(f"cllm_kernels.cli.{name}.load_model", lambda *arguments: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cllm_kernels.comparison.load_model", lambda *arguments: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize("command", ["generate", "verify"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--prompt", "\udcff"], "UTF-8"), (["--dtype", "foo"], "allowed are auto, float32"), (["--device", "foo"], "have cpu"),
+     (["--device", "cuda:99"], "have cpu"), (["--block-size", 1], "--block-size"), (["--backend", "foo"], "'torch'"),
+     (["--backend", "cuda"], "cuda"), (["--nothing"], "--nothing")],
+)  # fmt: skip
+def test_bad_options_are_refused_at_once(no_work, monkeypatch, command, options, message):
+    if options == ["--backend", "cuda"]:
+        monkeypatch.setattr(backends, "_cuda_reason", lambda: "there is no CUDA driver")
+    assert message in refused(command, "--model", MODELS / "spider-cllm", "--prompt", "x", *options)
+
+
+@pytest.mark.parametrize("ids", ["5 x", "-1", "²", str(2**40)])
+def test_ids_that_are_none_are_refused_at_once(no_work, ids):
+    assert "token ids" in refused("verify", "--model", MODELS / "spider-cllm", "--prompt", "x", "--ids", ids)
+
+
+@pytest.mark.parametrize("command", [["verify", "--model", MODELS / "spider-cllm", "--prompt", "x"], ["bench"], ["demo"]])
+def test_files_that_cannot_be_written_are_refused_at_once(no_work, monkeypatch, tmp_path, command):
+    assert f"no folder {tmp_path / 'nowhere'}" in refused(*command, "--json", tmp_path / "nowhere" / "x.json")
+    assert "is a folder" in refused(*command, "--json", tmp_path)
+    monkeypatch.setattr("os.access", lambda *arguments: False)
+    assert "may not be written" in refused(*command, "--json", tmp_path / "x.json")
+
+
+def test_what_is_read_is_not_written_over(no_work, tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("{}")
+    assert "over" in refused("demo", "--prompts", path, "--json", tmp_path / "." / "questions.jsonl")
+    assert path.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", b"[]"), ("config.json", b"\xff"), ("model.safetensors", b"x" * 100), ("tokenizer.json", b"{}"),
+     ("tokenizer.json", None), ("model.safetensors", None), ("config.json", None)],
+)  # fmt: skip
+def test_models_that_cannot_be_loaded_are_named(tmp_path, file, content):
+    path = tmp_path / "model"
+    shutil.copytree(MODELS / "spider-cllm", path)
+    (path / file).unlink()
+    if content is not None:
+        (path / file).write_bytes(content)
+    result = run("generate", "--model", path, "--prompt", "x")
+    assert result.exit_code == 2 and f"no model can be loaded from {path}: " in result.output, result.output
+
+
+def test_a_second_model_that_is_none_is_found_before_the_first_one_is_measured(no_work, tmp_path):
+    shutil.copytree(MODELS / "spider-target", tmp_path / "spider-target")
+    (tmp_path / "spider-cllm").mkdir()
+    path = tmp_path / "questions.jsonl"
+    path.write_text(json.dumps({"db_id": "wine_1", "question": "How many wines are there?", "query": "x"}) + "\n")
+    assert "spider-cllm" in refused("demo", "--models", tmp_path, "--prompts", path, "--quiet")
+    models = ["--model", f"a={MODELS / 'spider-cllm'}", "--model"]
+    assert f"from {tmp_path}" in refused("bench", *models, f"b={tmp_path}")
+    assert "one name" in refused("bench", *models, f"a={MODELS / 'spider-target'}")
+
+
+def test_prompts_that_are_too_long_are_found_before_the_first_one_is_decoded(monkeypatch, tmp_path):
+    monkeypatch.setattr("cllm_kernels.comparison.take_turns", lambda *arguments: pytest.fail("decoded"))
+    path = tmp_path / "questions.jsonl"
+    rows = [{"db_id": "wine_1", "question": question, "query": "x"} for question in ("How many?", "wine " * 1000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run("demo", "--models", MODELS, "--prompts", path, "--quiet")
+    assert result.exit_code == 2 and "the model has 1024" in result.output
+    monkeypatch.setattr("cllm_kernels.cli.bench._peak_memory", lambda *arguments: pytest.fail("decoded"))
+    result = run("bench", "--model", MODELS / "spider-cllm", "--max-new-tokens", 1000)
+    assert result.exit_code == 2 and "the model has 1024" in result.output
+
+
+@pytest.mark.parametrize("script", ["steps", "end_to_end"])
+def test_benchmarks_refuse_files_that_are_none(monkeypatch, script, tmp_path):
+    options = {
+        "steps": [["--shape", "spider", "--json", tmp_path / "nowhere" / "x.json"], ["--plot", tmp_path / "x.json"],
+                  ["--shape", "spider", "--dtype", "foo"], ["--shape", "x"], ["--shape", "spider", "--device", "foo"]],
+        "end_to_end": [[], [tmp_path / "x.json"]],
+    }[script]  # fmt: skip
+    monkeypatch.syspath_prepend(str(MODELS.parent / "benchmarks"))
+    script_app = typer.Typer()
+    script_app.command()(importlib.import_module(script).main)
+    for own in options:
+        result = CliRunner().invoke(script_app, list(map(str, own)))
+        assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
 
 
 def test_demo_writes_its_rows(tmp_path):
