@@ -59,7 +59,8 @@ def collect(
         ``degenerate``.
 
     Raises:
-        ValueError: no prompts, an empty one, one too long for the model's positions, or the ``.part`` was left by a run with other settings.
+        ValueError: no prompts, an empty one, one too long for the model's positions, or the ``.part`` was left by a run
+            with other settings.
         OSError: it could not be written, such as on a full disk; what was written whole stays.
     """
     if not prompts or not all(prompts):
