@@ -37,6 +37,11 @@ _IGNORED = {field.name for field in dataclasses.fields(JacobiConfig)} - {"seed"}
     "decoding", "on_commit", "output_logits", "output_scores", "return_dict_in_generate", "stop_strings",
     "stopping_criteria", "streamer", "tokenizer",
 }  # fmt: skip
+# Forwards with other roundings, where one does not explain a token of a model that jumps.
+_NUDGED = 8
+_CHOICES = {"topk", "sort", "argmax"}
+# Operations that add up products, whose order is another one in each honest way to compute.
+_PRODUCTS = {"linear", "matmul", "mm", "addmm", "mv", "addmv", "bmm", "baddbmm", "_grouped_mm", "convolution"}
 # Positions whose noise is in memory at once, for a vocabulary of 150,000 about 5 MB each.
 _CHUNK = 16
 
@@ -79,7 +84,7 @@ class Certificate:
     Attributes:
         tokens: new tokens of each row that were checked, EOS included.
         mismatches: by row and position.
-        forwards: of the model; 1 where there was no mismatch, else 2.
+        forwards: of the model; 1 where there was no mismatch, else 2, or 10 (see :func:`verify`).
     """
 
     tokens: tuple[int, ...]
@@ -139,8 +144,10 @@ def verify(
     more than this makes the token the argmax: of the token's own logit, or such that a cutoff (top-k, top-p, min-p)
     lets the token in or leaves out the argmax.
 
-    A mixture of experts jumps where two experts tie. If one way to round picks another expert than the forward and
-    float64 both do, the gap is larger than this measures, and an honest token of half precision is reported as wrong.
+    A mixture of experts jumps where two experts tie, and one forward need not have jumped. So where its rounding does not
+    explain a token, and the model takes the largest of anything, eight more forwards are looked at, in which every sum of
+    products is moved at random by up to the unit roundoff, as in Monte Carlo arithmetic (Parker 1997); the largest range
+    counts.
 
     A row ends behind its first EOS token, or after as many new tokens as ``lengths`` says, and must be padded from
     there on. Whether it should have gone on (a stopping criterion, a limit) is not checked.
@@ -232,10 +239,17 @@ def _rescore(
         mismatches = []
         if bool(wrong.any()):
             forwards += 1
-            with _in_float64(model):
+            with _in_float64(model) as computed:
                 exact = _logits(model, sequences, width, pads)
-            with torch.inference_mode():
-                mismatches = _mismatches(new, expected, wrong, logits, exact, judge)
+            moved = _moved(logits, exact)
+            mismatches = _mismatches(new, expected, wrong, moved, exact, judge)
+            if computed.chooses and not all(mismatch.near_tie for mismatch in mismatches):
+                forwards += _NUDGED
+                for seed_of_noise in range(_NUDGED):
+                    with torch.no_grad(), _Nudged(seed_of_noise, model.device):
+                        logits = _logits(model, sequences, width, pads)
+                    moved = torch.maximum(moved, _moved(logits, exact))
+                mismatches = _mismatches(new, expected, wrong, moved, exact, judge)
     pad = generation_config.pad_token_id
     pad = int(eos[0]) if pad is None and len(eos) else int(pad or 0)
     behind = (new != pad) & (columns >= ends[:, None])
@@ -296,22 +310,30 @@ def _scores(logits: torch.Tensor, processors: list, state: JacobiState, sampling
     return scores
 
 
+def _moved(logits: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """By how much rounding moved a gap between two tokens, at most: ``[B, N, 1]`` of two ``[B, N, V]``."""
+    error = logits.double() - exact
+    finite = error.isfinite()
+    return error.masked_fill(~finite, -math.inf).amax(-1, True) - error.masked_fill(~finite, math.inf).amin(-1, True)
+
+
+@torch.inference_mode()
 def _mismatches(
     new: torch.Tensor,
     expected: torch.Tensor,
     wrong: torch.Tensor,
-    logits: torch.Tensor,
+    moved: torch.Tensor,
     exact: torch.Tensor,
     judge: Callable[[torch.Tensor], torch.Tensor],
 ) -> list[Mismatch]:
     """What differs, and whether rounding explains it: see :func:`verify`.
 
-    new, expected: int64 ``[B, N]``; wrong: bool ``[B, N]``, where they differ and count; logits, exact: ``[B, N, V]``,
-    in the model's dtype and in float64; judge: makes scores ``[B, N, V]`` of logits.
+    new, expected: int64 ``[B, N]``; wrong: bool ``[B, N]``, where they differ and count; moved: ``[B, N, 1]`` of
+    :func:`_moved`; exact: logits in float64, ``[B, N, V]``; judge: makes scores ``[B, N, V]`` of logits.
     """
     at = wrong.any(0).nonzero().flatten()
     base, new_at = exact.float(), new[:, at]
-    exact, error = exact[:, at], logits[:, at].double() - exact[:, at]
+    exact, moved = exact[:, at], moved[:, at]
 
     def judged(values: torch.Tensor) -> torch.Tensor:
         base[:, at] = values.float()
@@ -323,8 +345,6 @@ def _mismatches(
     def raised(tokens: torch.Tensor) -> torch.Tensor:
         return exact.scatter_add(-1, tokens[..., None], moved)
 
-    finite = error.isfinite()
-    moved = error.masked_fill(~finite, -math.inf).amax(-1, True) - error.masked_fill(~finite, math.inf).amin(-1, True)
     scores = judged(exact)
     best = scores.argmax(-1)
     gaps = (pick(scores, best) - pick(scores, new_at))[..., 0]
@@ -378,9 +398,17 @@ class _Float64(TorchDispatchMode):
 
     So the model itself computes in float64, with one weight at a time in memory as that; what it says of dtypes
     (norms and softmax in float32, results in its own dtype again) becomes float64 too.
+
+    Attributes:
+        chooses: whether the model took the largest of some numbers, as those with experts do.
     """
 
+    def __init__(self):
+        super().__init__()
+        self.chooses = False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.chooses |= func.overloadpacket.__name__ in _CHOICES
         return func(*tree_map(self._widen, args), **tree_map(self._widen, kwargs or {}))
 
     @staticmethod
@@ -390,8 +418,31 @@ class _Float64(TorchDispatchMode):
         return torch.float64 if isinstance(value, torch.dtype) and value in _DTYPES else value
 
 
+class _Nudged(TorchDispatchMode):
+    """Moves each sum of products at random by up to the unit roundoff, and rounds it again: another way to round."""
+
+    def __init__(self, seed: int, device: torch.device):
+        super().__init__()
+        self.generator = torch.Generator(device).manual_seed(seed)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            return self._nudge(result)
+        if name.startswith("_scaled_dot_product"):
+            return self._nudge(result[0]), *result[1:]
+        return result
+
+    def _nudge(self, sums: torch.Tensor) -> torch.Tensor:
+        if not sums.is_floating_point():
+            return sums
+        noise = torch.rand(sums.shape, generator=self.generator, device=sums.device, dtype=torch.float32) * 2 - 1
+        return (sums * (1 + torch.finfo(sums.dtype).eps / 2 * noise.double())).to(sums.dtype)
+
+
 @contextlib.contextmanager
-def _in_float64(model: PreTrainedModel) -> Iterator[None]:
+def _in_float64(model: PreTrainedModel) -> Iterator[_Float64]:
     """A model computes in float64 inside the context, without gradients, and is as it was behind it."""
     modules = list(submodules(model))
     buffers = [(module, dict(module._buffers)) for module in modules]  # some rotary embeddings set theirs in a forward
@@ -404,8 +455,8 @@ def _in_float64(model: PreTrainedModel) -> Iterator[None]:
             if value not in names[name]:
                 setattr(config, name, names[name][0])
         # Not inference mode, whose tensors have no version for views that experts make.
-        with torch.no_grad(), _Float64():
-            yield
+        with torch.no_grad(), _Float64() as mode:
+            yield mode
     finally:
         for config, name, value in kept:
             if hasattr(config, name):
