@@ -97,11 +97,11 @@ class Processing:
         if not self.processors:
             return logits
         begin = time.perf_counter()
-        with contextlib.nullcontext() if self.vectorised else self.outside():
-            # transformers processes in float32 too
-            if self.vectorised:
-                scores = self._at_once(logits.to(torch.float32, copy=True), state)
-            else:
+        # transformers processes in float32 too
+        if self.vectorised:
+            scores = self._at_once(logits.to(torch.float32, copy=True), state)
+        else:
+            with self.outside():
                 scores = self._by_position(logits.float(), state)
         self.seconds += time.perf_counter() - begin
         return scores

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -147,20 +146,26 @@ def has_hooks(module: torch.nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._compiled_call_impl is not None)
 
 
+def configs_of(model: PreTrainedModel) -> list:
+    """The configurations of a model and of models inside it, each once."""
+    models = (module for module in submodules(model) if isinstance(module, PreTrainedModel))
+    return list({id(module.config): module.config for module in models}.values())
+
+
 @contextlib.contextmanager
 def block_attention_enabled(model: PreTrainedModel, backend: str) -> Iterator[Swaps]:
     """Runs ``model`` with block attention of ``backend`` inside the context, and as it was after it.
 
     Yields what is swapped.
     """
-    configs = {id(module.config): module.config for module in submodules(model) if isinstance(module, PreTrainedModel)}
-    before = [config._attn_implementation_internal for config in configs.values()]
+    name = "_attn_implementation_internal"
+    configs = configs_of(model)
+    before = [getattr(config, name) for config in configs]
     try:
         model.set_attn_implementation(_register(backend))
-        during = [config._attn_implementation_internal for config in configs.values()]
+        during = [getattr(config, name) for config in configs]
     finally:
-        for config, implementation in zip(configs.values(), before, strict=True):
-            config._attn_implementation_internal = implementation
-    names = itertools.repeat("_attn_implementation_internal")
-    with Swaps(zip(configs.values(), names, during)) as swaps:
+        for config, implementation in zip(configs, before, strict=True):
+            setattr(config, name, implementation)
+    with Swaps((config, name, value) for config, value in zip(configs, during, strict=True)) as swaps:
         yield swaps

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from ..decoding import JacobiConfig, Processing, is_stateful
 from ..ops import JacobiState
 from ..ops.philox import gumbel, noise_words
-from .attention import submodules
+from .attention import configs_of, submodules
 from .generate import (
     _DTYPES,
     _causal_lm,
@@ -31,6 +31,7 @@ from .generate import (
     _without_stop_strings,
     stop_strings_hidden,
 )
+from .swaps import Swaps
 
 # Options of a run that say nothing about which tokens are right.
 _IGNORED = {field.name for field in dataclasses.fields(JacobiConfig)} - {"seed"} | {
@@ -444,22 +445,20 @@ class _Nudged(TorchDispatchMode):
 @contextlib.contextmanager
 def _in_float64(model: PreTrainedModel) -> Iterator[_Float64]:
     """A model computes in float64 inside the context, without gradients, and is as it was behind it."""
-    modules = list(submodules(model))
-    buffers = [(module, dict(module._buffers)) for module in modules]  # some rotary embeddings set theirs in a forward
-    configs = {id(module.config): module.config for module in modules if isinstance(module, PreTrainedModel)}.values()
+    # Some rotary embeddings set theirs in a forward.
+    buffers = [(module, dict(module._buffers)) for module in submodules(model)]
     # What has no float64: flash attention, and experts by grouped matrix products.
     names = {"_attn_implementation_internal": ("eager", "sdpa"), "_experts_implementation_internal": ("eager", None)}
-    kept = [(config, name, getattr(config, name, None)) for config in configs for name in names]
+    swaps = Swaps(
+        (config, name, "eager")
+        for config in configs_of(model)
+        for name, fit in names.items()
+        if getattr(config, name, None) not in fit
+    )
     try:
-        for config, name, value in kept:
-            if value not in names[name]:
-                setattr(config, name, names[name][0])
         # Not inference mode, whose tensors have no version for views that experts make.
-        with torch.no_grad(), _Float64() as mode:
+        with swaps, torch.no_grad(), _Float64() as mode:
             yield mode
     finally:
-        for config, name, value in kept:
-            if hasattr(config, name):
-                setattr(config, name, value)
         for module, values in buffers:
             module._buffers.update(values)

@@ -115,11 +115,9 @@ def linear_reference(x, weight, bias=None) -> torch.Tensor:
 
 
 def _implementation(x, weight, bias=None, backend="auto") -> torch.Tensor:
-    *batch, inputs = x.shape or (0,)
-    dtype, outputs = x.dtype, weight.shape[0] if weight.shape else 0
-    # what every layer of every forward has; else it is looked at in detail
-    if not (inputs >= 1 and dtype in DTYPES and x.is_cpu and layer_fits(weight, bias, (outputs, inputs), dtype)):
-        _check(x, weight, bias)
+    _check(x, weight, bias)
+    *batch, inputs = x.shape
+    dtype, outputs = x.dtype, weight.shape[0]
     backend = resolve_cpu(backend, x.device)
     rows = math.prod(batch)
     if backend == "torch" or not 1 <= rows <= fast_rows(dtype):

@@ -1,5 +1,5 @@
-// What we use of DLPack's exchange of tensors between C libraries, version 1 (https://github.com/dmlc/dlpack): tensors
-// of Python looked at, and made, without a call of Python. Only the layout of the standard, so that the build needs no torch.
+// What we use of DLPack's exchange of tensors between C libraries, version 1 (https://github.com/dmlc/dlpack): Python's
+// tensors looked at, and made, without a call of Python. Only the standard's layout, so that the build needs no torch.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The Python module cllm_kernels._C: integers in (pointers, strides, sizes), no logic but in tensor_linear.cpp. What the arguments mean
-// and the checks on them are in cllm_kernels/ops.
+// The Python module cllm_kernels._C: integers in (pointers, strides, sizes), no logic but in tensor_linear.cpp. What the
+// arguments mean and the checks on them are in cllm_kernels/ops.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

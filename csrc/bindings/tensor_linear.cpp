@@ -1,7 +1,6 @@
-// `window_linear` on tensors instead of pointers: on small layers, looking at tensors in Python takes longer than the layer.
+// `window_linear` on tensors instead of pointers: looking at tensors in Python takes longer than a small layer does.
 #include "tensor_linear.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <optional>
 
@@ -60,7 +59,9 @@ py::object linear_of_tensors(py::handle x_object, py::handle weight_object, py::
   const std::optional<DType> dtype = dtype_of(x);
   if (!dtype || dtype_of(weight) != dtype || x.ndim < 1 || x.ndim > most_dims || weight.ndim != 2) return py::none();
   const int64_t inputs = x.shape[x.ndim - 1], outputs = weight.shape[0];
-  if (inputs < 1 || outputs < 1 || weight.shape[1] != inputs || weight.strides[1] != 1 || !contiguous(x)) return py::none();
+  if (inputs < 1 || outputs < 1 || weight.shape[1] != inputs || weight.strides[1] != 1 || !contiguous(x)) {
+    return py::none();
+  }
   if (biased && (dtype_of(bias) != dtype || bias.ndim != 1 || bias.shape[0] != outputs || !contiguous(bias))) {
     return py::none();
   }

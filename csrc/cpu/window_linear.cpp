@@ -14,9 +14,9 @@
 namespace cllm::cpu {
 namespace {
 
-// One core does this many multiply-adds in a few microseconds, as many as sharing out one layer costs where the other core
-// is slow to answer. The MLP has several layers, with a barrier behind each; on a machine that does other work a barrier
-// waits for a time slice.
+// One core does this many multiply-adds in a few microseconds, as many as sharing out one layer costs where the other
+// core is slow to answer. The MLP has several layers, with a barrier behind each; on a machine that does other work a
+// barrier waits for a time slice.
 constexpr int64_t parallel_work = 600'000, parallel_mlp_work = 1'500'000;
 // Reading a weight takes one row as long as these many rows take to compute.
 constexpr int64_t memory_rows = 6;

@@ -42,13 +42,6 @@ def make_draft(target: PreTrainedModel, layers: int = 1, seed: int = 0) -> PreTr
     return draft
 
 
-def _check(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]) -> None:
-    """Raises ValueError where rows, tokenizer and target do not fit together."""
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
-    check_rows(rows, tokenizer, target.config.vocab_size)
-
-
 def _batches(rows: list[dict], steps: int, batch_size: int, pad: int, seed: int) -> Iterable[dict[str, torch.Tensor]]:
     dataset, rng = TrajectoryDataset(rows), random.Random(seed)
     for _ in trange(steps, unit="step", desc="distil"):
@@ -76,7 +69,7 @@ def distil_draft(
     Returns:
         A record with the divergence of each step.
     """
-    _check(target, tokenizer, rows)
+    check_rows(rows, tokenizer, target.config.vocab_size)
     draft = make_draft(target, layers, seed)
     target.eval()
     optimizer = torch.optim.AdamW(draft.parameters(), lr=learning_rate)
@@ -176,7 +169,7 @@ def train_medusa(
 
     Head k counts 0.8 ** k, as Medusa weighs them.
     """
-    _check(target, tokenizer, rows)
+    check_rows(rows, tokenizer, target.config.vocab_size)
     heads = MedusaHeads(target.config.hidden_size, count)
     target.eval()
     head = target.get_output_embeddings()

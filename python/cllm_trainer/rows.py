@@ -114,8 +114,10 @@ def _eos(path: str | Path, tokenizer: PreTrainedTokenizerBase | None) -> int:
 def check_rows(
     rows: list[dict], tokenizer: PreTrainedTokenizerBase, vocabulary: int, block_size: int | None = None
 ) -> None:
-    """Raises ValueError on rows that another tokenizer made, on ids a model with ``vocabulary`` tokens does not have,
-    and, if ``block_size`` is given, on rows made with another."""
+    """Raises ValueError on a tokenizer that cannot pad, on rows that another tokenizer made, on ids a model with
+    ``vocabulary`` tokens does not have, and, if ``block_size`` is given, on rows made with another."""
+    if tokenizer.pad_token_id is None:
+        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
     if len(tokenizer) > vocabulary:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens, the model {vocabulary}; they do not belong together"

@@ -300,8 +300,6 @@ def train(
     """
     if not rows:
         raise ValueError("no training rows")
-    if tokenizer.pad_token_id is None:
-        raise ValueError("the tokenizer has no pad token; set tokenizer.pad_token")
     if (config.target_weight > 0) != (target is not None):
         raise ValueError(f"target_weight is {config.target_weight}: a target is needed if it is above 0, and only then")
     if target is not None and target.config.vocab_size != model.config.vocab_size:
